@@ -1,0 +1,603 @@
+"""The namespace of a volume: names -> images and directories, committed as a whole.
+
+A commit writes what changed (`novafs.catalogtree`) and creates the next `catalog/<rev>`; that creation is the commit
+point. Whoever finds the number taken reads the newer state and applies his change again, so every change is a
+function that looks before it touches. Changes that wait at the same moment share one commit.
+
+Always holds: `_head` is a committed revision. A loaded directory counts only while its content is the one that its
+parent's entry names, so a newer head makes stale directories load again without any bookkeeping.
+"""
+
+from __future__ import annotations
+
+import builtins
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Final, NamedTuple
+
+import msgspec
+
+from novafs import catalogtree as tree
+from novafs.asynctools import GroupCommit
+from novafs.catalogtree import ROOT_ID, Content, Entry, Kind, PageRow, check_name, split_path
+from novafs.chunk import Reference
+from novafs.errors import (
+    ExistsError,
+    InvalidNameError,
+    IsADirectoryError_,
+    NotADirectoryError_,
+    NotEmptyError,
+    NotFoundError,
+    NovaError,
+    UserError,
+)
+from novafs.generation import HOST
+from novafs.imagemap import Fetch
+from novafs.objectstore.client import StoreClient
+from novafs.packwriter import PackWriter
+from novafs.record import seal, unseal
+from novafs.revisions import Chain, ConflictError, Head, boot_time_s, new_nonce
+
+KIND: Final = b"CATL"
+VERSION: Final = 1
+PREFIX: Final = "catalog/"
+REFRESH_S: Final = 1.0
+"""How old a look at the head may be when a name is looked up (design 5.5: at most one second)."""
+
+
+class CatalogRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One committed namespace: the root directory's own entry, whose content holds or names all else."""
+
+    counter: int
+    nonce: bytes
+    predecessor: bytes = b""
+    root: Entry
+    written_ns: int = 0
+    host: str = HOST
+
+
+def root_entry(mode: int = 0o755, uid: int = 0, gid: int = 0) -> Entry:
+    """The root directory of a new volume."""
+    now = time.time_ns()
+    return Entry("", ROOT_ID, Kind.DIRECTORY, mode, uid, gid, now, now, now)
+
+
+def catalog_chain(client: StoreClient) -> Chain[CatalogRecord]:
+    """The chain of a volume's catalogs."""
+    return Chain(
+        client,
+        PREFIX,
+        encode=lambda r: seal(KIND, VERSION, r),
+        decode=lambda data, name: unseal(KIND, VERSION, data, CatalogRecord, name),
+    )
+
+
+class _Page(NamedTuple):
+    entries: list[Entry]
+    row: PageRow
+
+
+class _Directory:
+    """A loaded directory: entries by name, the content they came from, and its pages by first name."""
+
+    __slots__ = ("content", "entries", "pages")
+
+    def __init__(self, content: Content, entries: dict[str, Entry], pages: dict[str, _Page]) -> None:
+        self.content = content
+        self.entries = entries
+        self.pages = pages
+
+
+class Catalog:
+    """The namespace, as this host sees it. On the trio thread alone."""
+
+    def __init__(
+        self,
+        chain: Chain[CatalogRecord],
+        head: Head[CatalogRecord],
+        *,
+        fetch: Fetch,
+        pack_writer: Callable[[], AbstractAsyncContextManager[PackWriter]],
+    ) -> None:
+        self._chain = chain
+        self._head = head
+        self._fetch = fetch
+        self._pack_writer = pack_writer
+        self._directories: dict[bytes, _Directory] = {}
+        # Where each node that was seen lies: (parent id, name). Checked at each use, since another host may move it.
+        self._places: dict[bytes, tuple[bytes, str]] = {}
+        self._commits: GroupCommit[_Request] = GroupCommit(self._commit)
+
+    @property
+    def revision(self) -> int:
+        """Counter of the committed revision that this host sees."""
+        return self._head.record.counter
+
+    @property
+    def root(self) -> Entry:
+        """The root directory's own entry."""
+        return self._head.record.root
+
+    async def refresh(self, max_age_s: float = 0.0) -> bool:
+        """See what other hosts committed, unless the last look is at most `max_age_s` old; whether it is newer."""
+        if max_age_s and boot_time_s() - self._head.read_s <= max_age_s:
+            return False
+        head = await self._chain.head(self._head)
+        if head is None:
+            raise NotFoundError("catalog/: the volume has no catalog any more; was it removed?")
+        if head.record.counter < self.revision:
+            return False  # a commit of our own was faster than this listing
+        newer = head.record.counter > self.revision
+        self._head = head
+        return newer
+
+    # -- looking ------------------------------------------------------------------------------------------------
+
+    async def lookup(self, parent_id: bytes, name: str, *, max_age_s: float = REFRESH_S) -> Entry:
+        """The entry of a name. Raises NotFoundError, NotADirectoryError_."""
+        await self.refresh(max_age_s)
+        entry = (await self._directory(parent_id)).entries.get(name)
+        if entry is None:
+            path = f"{self.path_of_id(parent_id)}/{name}".lstrip("/")
+            raise NotFoundError(f"{path}: no such image or directory")
+        return entry
+
+    async def resolve(self, path: str, *, max_age_s: float = REFRESH_S) -> Entry:
+        """The entry of a path inside the volume; "" or "/" is the root. Raises InvalidNameError, NotFoundError."""
+        await self.refresh(max_age_s)
+        entry = self.root
+        for name in split_path(path):
+            if entry.kind is not Kind.DIRECTORY:
+                raise NotADirectoryError_(f"{path}: {self.path_of(entry)} is an image, not a directory")
+            found = (await self._directory(entry.node_id)).entries.get(name)
+            if found is None:
+                raise NotFoundError(f"{path}: no such image or directory; 'novafs ls' shows what is there")
+            entry = found
+        return entry
+
+    async def get(self, node_id: bytes) -> Entry:
+        """The entry of a node that was seen before. Raises NotFoundError where it is gone."""
+        if node_id == ROOT_ID:
+            return self.root
+        place = self._places.get(node_id)
+        if place is not None:
+            entry = (await self._directory(place[0])).entries.get(place[1])
+            if entry is not None and entry.node_id == node_id:
+                return entry
+            place = self._places.get(node_id)  # loading the directory may have found it under another name
+            if place is not None:
+                entry = (await self._directory(place[0])).entries.get(place[1])
+                if entry is not None and entry.node_id == node_id:
+                    return entry
+        raise NotFoundError(f"node {node_id.hex()}: removed, or moved by another host")
+
+    async def list(self, node_id: bytes, *, max_age_s: float = REFRESH_S) -> list[Entry]:
+        """A directory's entries, sorted by name. Raises NotFoundError, NotADirectoryError_."""
+        await self.refresh(max_age_s)
+        entries = (await self._directory(node_id)).entries
+        return [entries[name] for name in sorted(entries)]
+
+    async def walk(self, node_id: bytes = ROOT_ID) -> AsyncIterator[Entry]:
+        """Every entry below a directory, parents first."""
+        for entry in await self.list(node_id):
+            yield entry
+            if entry.kind is Kind.DIRECTORY:
+                async for below in self.walk(entry.node_id):
+                    yield below
+
+    def path_of(self, entry: Entry) -> str:
+        """The path of an entry inside the volume, for people; as far as this host has seen the directories above."""
+        return self.path_of_id(entry.node_id) or entry.name
+
+    def path_of_id(self, node_id: bytes) -> str:
+        """The path of a node that was seen, "" for the root."""
+        parts: list[str] = []
+        while node_id != ROOT_ID and (place := self._places.get(node_id)) is not None and len(parts) < 4096:
+            parts.append(place[1])
+            node_id = place[0]
+        return "/".join(reversed(parts))
+
+    async def _directory(self, node_id: bytes) -> _Directory:
+        entry = await self.get(node_id)
+        if entry.kind is not Kind.DIRECTORY:
+            raise NotADirectoryError_(f"{self.path_of(entry)}: is an image, not a directory")
+        known = self._directories.get(node_id)
+        if known is not None and (known.content is entry.content or known.content == entry.content):
+            return known
+        loaded = await self._load(entry)
+        if known is not None:
+            for old in known.entries.values():
+                if self._places.get(old.node_id) == (node_id, old.name):
+                    del self._places[old.node_id]
+        self._directories[node_id] = loaded
+        for new in loaded.entries.values():
+            self._places[new.node_id] = (node_id, new.name)
+        return loaded
+
+    async def _load(self, entry: Entry) -> _Directory:
+        where, content = self.path_of(entry) or "/", entry.content
+        pages: dict[str, _Page] = {}
+        if content.index:
+            (blob,) = await self._fetch([Reference.unpack(content.index)])
+            rows = tree.decode_index(blob, where)
+            blobs = await self._fetch([Reference.unpack(row.reference) for row in rows])
+            lists = [self._own(tree.decode_entries(data, where), entry.node_id) for data in blobs]
+            pages = {row.first: _Page(part, row) for row, part in zip(rows, lists, strict=True)}
+            entries = [e for part in lists for e in part]
+        else:
+            data = content.inline
+            if content.page:
+                (data,) = await self._fetch([Reference.unpack(content.page)])
+            entries = self._own(tree.decode_entries(data, where), entry.node_id)
+        return _Directory(content, {e.name: e for e in entries}, pages)
+
+    @staticmethod
+    def _own(entries: builtins.list[Entry], parent_id: bytes) -> builtins.list[Entry]:
+        if parent_id == ROOT_ID:
+            return entries
+        return [msgspec.structs.replace(e, parent_id=parent_id) for e in entries]
+
+    # -- changing -----------------------------------------------------------------------------------------------
+
+    async def change(self, operation: Callable[[Changes], Awaitable[Any]]) -> Any:
+        """Run `operation` on the newest state and commit what it set; its result.
+
+        It may run several times, and must look at everything it needs before it sets anything. What it raises
+        reaches the caller, and nothing of it is committed.
+        """
+        request = _Request(operation)
+        await self._commits.submit(request)
+        if request.error is not None:
+            raise request.error
+        return request.result
+
+    async def _commit(self, requests: builtins.list[_Request]) -> None:
+        while True:
+            base = self._head
+            changes = Changes(self)
+            for request in requests:
+                await request.run(changes)
+            if not changes.dirty:
+                return
+            async with self._pack_writer() as writer:
+                root = await changes.store(writer)
+                await writer.finish()
+            record = CatalogRecord(
+                counter=base.record.counter + 1,
+                nonce=new_nonce(),
+                predecessor=base.record.nonce,
+                root=root,
+                written_ns=time.time_ns(),
+            )
+            try:
+                head = await self._chain.commit(base, record)
+            except ConflictError:
+                await self.refresh()
+                continue
+            if head.record.counter > self.revision:
+                self._head = head
+                changes.adopt()
+            return
+
+    async def create(self, entry: Entry, *, replace: bool = False) -> Entry:
+        """Add `entry` to its parent, or put it in an image's place where `replace`.
+
+        Raises ExistsError, NotFoundError, NotADirectoryError_, IsADirectoryError_, InvalidNameError.
+        """
+        check_name(entry.name)
+
+        async def operation(changes: Changes) -> Entry:
+            where = f"{self.path_of_id(entry.parent_id)}/{entry.name}".lstrip("/")
+            old = (await changes.entries(entry.parent_id)).get(entry.name)
+            if old is not None and not replace:
+                raise ExistsError(f"{where}: exists already")
+            if old is not None and old.kind is Kind.DIRECTORY:
+                raise IsADirectoryError_(f"{where}: is a directory, and can not be replaced by an image")
+            parent = await changes.get(entry.parent_id)
+            if old is not None:
+                changes.unset(old)
+            changes.set(entry)
+            changes.touch(parent)
+            return entry
+
+        found: Entry = await self.change(operation)
+        return found
+
+    async def remove(self, parent_id: bytes, name: str, *, directory: bool) -> Entry:
+        """Take a name away; the entry it had. Raises NotFoundError, IsADirectoryError_, NotADirectoryError_, NotEmptyError."""
+
+        async def operation(changes: Changes) -> Entry:
+            entry = (await changes.entries(parent_id)).get(name)
+            where = f"{self.path_of_id(parent_id)}/{name}".lstrip("/")
+            if entry is None:
+                raise NotFoundError(f"{where}: no such image or directory")
+            if directory:
+                if entry.kind is not Kind.DIRECTORY:
+                    raise NotADirectoryError_(f"{where}: is an image")
+                if await changes.entries(entry.node_id):
+                    raise NotEmptyError(f"{where}: the directory is not empty")
+            elif entry.kind is Kind.DIRECTORY:
+                raise IsADirectoryError_(f"{where}: is a directory")
+            parent = await changes.get(parent_id)
+            changes.unset(entry)
+            changes.touch(parent)
+            return entry
+
+        found: Entry = await self.change(operation)
+        return found
+
+    async def rename(self, parent_id: bytes, name: str, new_parent_id: bytes, new_name: str, *, replace: bool = True) -> Entry | None:
+        """Move a name, atomically; the entry that it replaced, if any.
+
+        Raises NotFoundError, ExistsError (not `replace`), NotEmptyError, IsADirectoryError_, NotADirectoryError_,
+        InvalidNameError (a directory into itself).
+        """
+        check_name(new_name)
+
+        async def operation(changes: Changes) -> Entry | None:
+            entry = (await changes.entries(parent_id)).get(name)
+            where = f"{self.path_of_id(new_parent_id)}/{new_name}".lstrip("/")
+            if entry is None:
+                raise NotFoundError(f"{name}: no such image or directory")
+            target = (await changes.entries(new_parent_id)).get(new_name)
+            if target is not None:
+                if not replace:
+                    raise ExistsError(f"{where}: exists already")
+                if target.node_id == entry.node_id:
+                    return None
+                if target.kind is Kind.DIRECTORY:
+                    if entry.kind is not Kind.DIRECTORY:
+                        raise IsADirectoryError_(f"{where}: is a directory, and can not be replaced by an image")
+                    if await changes.entries(target.node_id):
+                        raise NotEmptyError(f"{where}: the directory is not empty")
+                elif entry.kind is Kind.DIRECTORY:
+                    raise NotADirectoryError_(f"{where}: is an image, and can not be replaced by a directory")
+            if entry.kind is Kind.DIRECTORY and await changes.is_below(new_parent_id, entry.node_id):
+                raise InvalidNameError(f"{where}: a directory can not be moved into itself")
+            parents = [await changes.get(parent_id), await changes.get(new_parent_id)]
+            now = time.time_ns()
+            changes.unset(entry)
+            if target is not None:
+                changes.unset(target)
+            changes.set(msgspec.structs.replace(entry, name=new_name, parent_id=new_parent_id, ctime_ns=now))
+            for parent in parents[: 1 if parent_id == new_parent_id else 2]:
+                changes.touch(parent)
+            return target
+
+        found: Entry | None = await self.change(operation)
+        return found
+
+    async def update(self, node_id: bytes, edit: Callable[[Entry], Entry]) -> Entry:
+        """Replace a node's entry by `edit` of it (name and node id stay). Raises NotFoundError, and what `edit` raises."""
+
+        async def operation(changes: Changes) -> Entry:
+            entry = await changes.get(node_id)
+            edited = edit(entry)
+            if edited != entry:
+                changes.set(edited)
+            return edited
+
+        found: Entry = await self.change(operation)
+        return found
+
+
+class _Request:
+    """One change that waits for a commit."""
+
+    __slots__ = ("_operation", "error", "result")
+
+    def __init__(self, operation: Callable[[Changes], Awaitable[Any]]) -> None:
+        self._operation = operation
+        self.result: Any = None
+        self.error: NovaError | None = None
+
+    async def run(self, changes: Changes) -> None:
+        """Apply it to `changes`, or note why it can't be, leaving them as they were."""
+        self.error = None
+        staged = changes.begin()
+        try:
+            self.result = await self._operation(changes)
+        except NovaError as error:
+            changes.roll_back(staged)
+            self.error = error
+            if not isinstance(error, UserError):
+                raise  # not about this one request: a store that is away concerns all
+
+
+class Changes:
+    """A state of the namespace under construction: the catalog's head, with entries set and unset."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+        self._base_root = catalog.root
+        self._root = catalog.root
+        self._entries: dict[bytes, dict[str, Entry]] = {}
+        self._loaded: dict[bytes, _Directory] = {}
+        self._places: dict[bytes, tuple[bytes, str] | None] = {}
+        self._undo: list[Callable[[], None]] = []
+        self._stored: dict[bytes, _Directory] = {}
+
+    @property
+    def dirty(self) -> bool:
+        """Whether anything differs from the head."""
+        return bool(self._entries) or self._root is not self._base_root
+
+    def begin(self) -> int:
+        """A mark to roll back to."""
+        self._undo.clear()
+        return 0
+
+    def roll_back(self, mark: int) -> None:
+        """Undo what was set since the mark."""
+        while len(self._undo) > mark:
+            self._undo.pop()()
+
+    async def get(self, node_id: bytes) -> Entry:
+        """The entry of a node. Raises NotFoundError."""
+        if node_id == ROOT_ID:
+            return self._root
+        if node_id in self._places:
+            place = self._places[node_id]
+            if place is None:
+                raise NotFoundError(f"node {node_id.hex()}: removed")
+            return (await self.entries(place[0]))[place[1]]
+        entry = await self._catalog.get(node_id)
+        return self._entries.get(entry.parent_id, {}).get(entry.name, entry)
+
+    async def entries(self, node_id: bytes) -> dict[str, Entry]:
+        """A directory's entries by name; not to be changed. Raises NotFoundError, NotADirectoryError_."""
+        entry = await self.get(node_id)
+        if entry.kind is not Kind.DIRECTORY:
+            raise NotADirectoryError_(f"{entry.name}: is an image, not a directory")
+        if node_id in self._entries:
+            return self._entries[node_id]
+        if node_id not in self._loaded:
+            if entry.content == Content():
+                self._loaded[node_id] = _Directory(Content(), {}, {})
+            else:
+                self._loaded[node_id] = await self._catalog._directory(node_id)
+        return self._loaded[node_id].entries
+
+    async def is_below(self, node_id: bytes, ancestor_id: bytes) -> bool:
+        """Whether a node is `ancestor_id` or lies below it."""
+        while node_id != ROOT_ID:
+            if node_id == ancestor_id:
+                return True
+            node_id = (await self.get(node_id)).parent_id
+        return ancestor_id == ROOT_ID
+
+    def _mutable(self, node_id: bytes) -> dict[str, Entry]:
+        if node_id not in self._entries:
+            self._entries[node_id] = dict(self._loaded[node_id].entries)
+        return self._entries[node_id]
+
+    def _put(self, parent_id: bytes, name: str, entry: Entry | None) -> None:
+        known = parent_id in self._entries
+        entries = self._mutable(parent_id)
+        before = entries.get(name)
+
+        def undo() -> None:
+            if not known:
+                del self._entries[parent_id]
+            elif before is None:
+                entries.pop(name, None)
+            else:
+                entries[name] = before
+
+        self._undo.append(undo)
+        if entry is None:
+            del entries[name]
+        else:
+            entries[name] = entry
+
+    def _place(self, node_id: bytes, place: tuple[bytes, str] | None) -> None:
+        had = node_id in self._places
+        before = self._places.get(node_id)
+
+        def undo() -> None:
+            if had:
+                self._places[node_id] = before
+            else:
+                self._places.pop(node_id, None)
+
+        self._undo.append(undo)
+        self._places[node_id] = place
+
+    def set(self, entry: Entry) -> None:
+        """Put an entry under its name; the directory was looked at before (`entries`, or `get` of something in it)."""
+        if entry.node_id == ROOT_ID:
+            before = self._root
+            self._undo.append(lambda: setattr(self, "_root", before))
+            self._root = entry
+            return
+        if entry.parent_id not in self._loaded and entry.parent_id not in self._entries:
+            self._loaded[entry.parent_id] = self._catalog._directories[entry.parent_id]
+        self._put(entry.parent_id, entry.name, entry)
+        self._place(entry.node_id, (entry.parent_id, entry.name))
+
+    def unset(self, entry: Entry) -> None:
+        """Take an entry away."""
+        self._put(entry.parent_id, entry.name, None)
+        self._place(entry.node_id, None)
+
+    def touch(self, directory: Entry) -> None:
+        """Set a directory's times to now."""
+        now = time.time_ns()
+        self.set(msgspec.structs.replace(directory, mtime_ns=now, ctime_ns=now))
+
+    # -- storing ------------------------------------------------------------------------------------------------
+
+    async def store(self, writer: PackWriter) -> Entry:
+        """Write the changed directories, the deepest first; the new root entry, which names them all."""
+        pending = dict.fromkeys(self._entries)
+        depths: dict[bytes, int] = {}
+        for node_id in list(pending):
+            depth = await self._depth(node_id)
+            if depth is None:
+                del pending[node_id]  # removed again, with all that is in it
+            else:
+                depths[node_id] = depth
+        while pending:
+            node_id = max(pending, key=depths.__getitem__)
+            del pending[node_id]
+            if node_id == ROOT_ID:
+                break
+            entry = await self.get(node_id)
+            stored = await self._store_directory(node_id, writer, tree.INLINE_MAX)
+            parent = await self.get(entry.parent_id)
+            await self.entries(entry.parent_id)
+            self.set(msgspec.structs.replace(entry, content=stored.content))
+            depths[parent.node_id] = depths[node_id] - 1
+            pending[parent.node_id] = None
+        if ROOT_ID in self._entries:
+            stored = await self._store_directory(ROOT_ID, writer, tree.ROOT_INLINE_MAX)
+            self._root = msgspec.structs.replace(self._root, content=stored.content)
+        return self._root
+
+    async def _depth(self, node_id: bytes) -> int | None:
+        depth = 0
+        try:
+            while node_id != ROOT_ID:
+                node_id = (await self.get(node_id)).parent_id
+                depth += 1
+        except (NotFoundError, KeyError):
+            return None
+        return depth
+
+    async def _store_directory(self, node_id: bytes, writer: PackWriter, inline_max: int) -> _Directory:
+        by_name = self._entries[node_id]
+        entries = [by_name[name] for name in sorted(by_name)]
+        stored = _Directory(Content(), by_name, {})
+        self._stored[node_id] = stored
+        if not entries:
+            return stored
+        old = self._loaded.get(node_id)
+        bounds = tree.page_bounds([e.name for e in entries])
+        if len(bounds) == 1:
+            data = tree.encode_entries(entries)
+            if len(data) <= inline_max:
+                stored.content = Content(inline=data)
+            else:
+                stored.content = Content(page=(await writer.put_blob(data)).pack())
+            return stored
+        for start, end in bounds:
+            part = entries[start:end]
+            known = old.pages.get(part[0].name) if old is not None else None
+            if known is None or len(known.entries) != len(part) or any(a is not b for a, b in zip(known.entries, part, strict=True)):
+                reference = await writer.put_blob(tree.encode_entries(part))
+                known = _Page(part, PageRow(part[0].name, len(part), reference.pack()))
+            stored.pages[part[0].name] = known
+        blob = await writer.put_blob(tree.encode_index([page.row for page in stored.pages.values()]))
+        stored.content = Content(index=blob.pack())
+        return stored
+
+    def adopt(self) -> None:
+        """The commit succeeded: the catalog goes on from this state."""
+        self._catalog._directories.update(self._stored)
+        for node_id, place in self._places.items():
+            if place is None:
+                self._catalog._places.pop(node_id, None)
+                self._catalog._directories.pop(node_id, None)
+            else:
+                self._catalog._places[node_id] = place

@@ -1,0 +1,166 @@
+"""The stored form of the namespace: directory entries, and directories as pages.
+
+A directory is a sorted list of entries. Its *content*, kept in its parent's entry (the root's in the catalog object),
+is one of
+
+    inline   the encoded entries themselves, up to INLINE_MAX bytes (ROOT_INLINE_MAX for the root)
+    page     a reference to one blob of encoded entries
+    index    a reference to a blob that lists pages: (first name, reference)
+
+so that a change writes the page, the index and the ancestors, whatever the size of the directory. Pages are cut where
+a hash of the name says so (on average PAGE_ENTRIES entries): the cut depends on the name alone, so all hosts cut alike
+and a change moves no other page.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from typing import Final
+
+import msgspec
+import xxhash
+
+from novafs.chunk import REFERENCE_SIZE
+from novafs.errors import InvalidNameError, ObjectCorruptError
+
+ROOT_ID: Final = bytes(16)
+NAME_BYTES_MAX: Final = 255
+PATH_BYTES_MAX: Final = 4096
+XATTR_NAME_BYTES_MAX: Final = 255
+XATTR_BYTES_MAX: Final = 64 << 10
+INLINE_MAX: Final = 4 << 10
+ROOT_INLINE_MAX: Final = 64 << 10
+PAGE_ENTRIES: Final = 256
+
+
+class Kind(enum.IntEnum):
+    """What an entry is."""
+
+    DIRECTORY = 1
+    IMAGE = 2
+    SNAPSHOT = 3
+
+
+class Snapshot(msgspec.Struct, frozen=True, array_like=True):
+    """A retained generation of an image: its counter, when it was taken (nanoseconds), and its size in bytes."""
+
+    counter: int
+    created_ns: int
+    size: int
+
+
+class Content(msgspec.Struct, frozen=True, array_like=True):
+    """Where a directory's entries are; exactly one field is not empty, none for an empty directory."""
+
+    inline: bytes = b""
+    page: bytes = b""
+    index: bytes = b""
+
+
+class Entry(msgspec.Struct, frozen=True, array_like=True):
+    """A name in a directory.
+
+    node_id: 16 bytes (an image's is its image id); mode: permission bits; size: bytes and times: nanoseconds, hints for
+    images and the truth for directories; expires_s: seconds since the epoch, or None; content: of a directory.
+    parent_id is known to whoever holds the directory and is not stored.
+    """
+
+    name: str
+    node_id: bytes
+    kind: Kind
+    mode: int
+    uid: int
+    gid: int
+    atime_ns: int
+    mtime_ns: int
+    ctime_ns: int
+    size: int = 0
+    stored_bytes: int = 0
+    xattrs: dict[str, bytes] = {}
+    expires_s: float | None = None
+    snapshots: dict[str, Snapshot] = {}
+    content: Content = Content()
+    parent_id: bytes = ROOT_ID
+
+
+class PageRow(msgspec.Struct, frozen=True, array_like=True):
+    """One page of an index: its first name, how many entries, and the page's 64-byte reference."""
+
+    first: str
+    count: int
+    reference: bytes
+
+
+_ENTRIES = msgspec.msgpack.Decoder(list[Entry])
+_ROWS = msgspec.msgpack.Decoder(list[PageRow])
+
+
+def check_name(name: str) -> str:
+    """`name`, where it can be one component of a path. Raises InvalidNameError."""
+    shown = ascii(name[:80])
+    if name in ("", ".", ".."):
+        raise InvalidNameError(f"name {shown}: empty, '.' and '..' are no names")
+    if "/" in name or "\0" in name:
+        raise InvalidNameError(f"name {shown}: must not contain '/' or NUL")
+    try:
+        encoded = name.encode()
+    except UnicodeEncodeError:
+        raise InvalidNameError(f"name {shown}: is not valid UTF-8") from None
+    if len(encoded) > NAME_BYTES_MAX:
+        raise InvalidNameError(f"name {shown}…: {len(encoded)} bytes, at most {NAME_BYTES_MAX}")
+    return name
+
+
+def split_path(path: str) -> list[str]:
+    """The components of a path inside the volume; leading, trailing and double slashes do not count. Raises InvalidNameError."""
+    if len(path) > PATH_BYTES_MAX:
+        raise InvalidNameError(f"path {path[:80]!a}…: {len(path)} characters, at most {PATH_BYTES_MAX}")
+    return [check_name(part) for part in path.split("/") if part]
+
+
+def encode_entries(entries: Sequence[Entry]) -> bytes:
+    """One page, or an inline directory."""
+    return msgspec.msgpack.encode([msgspec.structs.replace(e, parent_id=ROOT_ID) for e in entries])
+
+
+def decode_entries(data: bytes, where: str) -> list[Entry]:
+    """The entries of a page. Raises ObjectCorruptError."""
+    try:
+        return _ENTRIES.decode(data) if data else []
+    except msgspec.MsgspecError as error:
+        raise ObjectCorruptError(f"{where}: a page of the directory does not parse ({error}); run 'novafs fsck'") from error
+
+
+def encode_index(rows: Sequence[PageRow]) -> bytes:
+    """An index blob."""
+    return msgspec.msgpack.encode(rows)
+
+
+def decode_index(data: bytes, where: str) -> list[PageRow]:
+    """The rows of an index blob. Raises ObjectCorruptError."""
+    try:
+        rows = _ROWS.decode(data)
+    except msgspec.MsgspecError as error:
+        raise ObjectCorruptError(f"{where}: the index of the directory does not parse ({error}); run 'novafs fsck'") from error
+    if any(len(row.reference) != REFERENCE_SIZE for row in rows):
+        raise ObjectCorruptError(f"{where}: the index of the directory holds a reference of the wrong length; run 'novafs fsck'")
+    return rows
+
+
+def cuts_here(name: str) -> bool:
+    """Whether a page starts at this name."""
+    return xxhash.xxh32_intdigest(name.encode()) % PAGE_ENTRIES == 0
+
+
+def page_bounds(names: Sequence[str]) -> list[tuple[int, int]]:
+    """Where sorted names are cut into pages: (start, end) positions. A page never exceeds 8 × PAGE_ENTRIES."""
+    bounds: list[tuple[int, int]] = []
+    start = 0
+    for at, name in enumerate(names):
+        if at > start and (cuts_here(name) or at - start >= 8 * PAGE_ENTRIES):
+            bounds.append((start, at))
+            start = at
+    if start < len(names):
+        bounds.append((start, len(names)))
+    return bounds

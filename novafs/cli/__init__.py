@@ -1,0 +1,113 @@
+"""The command line: `novafs COMMAND …`, one module per command.
+
+What always holds: exit status 0 means done, 1 failed, 2 wrong usage, 130 interrupted; what goes wrong is one line on stderr
+that begins with `novafs: `; a traceback is shown for a bug, or with `-vv`. Results go to stdout, all else to stderr.
+
+Modules here import what is light; boto3, numpy, trio and rich are imported by the command that needs them, when it
+runs, so that `novafs --help` and a wrong word answer at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Final
+
+import click
+
+import novafs
+from novafs.cli import common
+from novafs.cli.export import export
+from novafs.cli.import_ import import_
+from novafs.cli.info import info
+from novafs.cli.init import init
+from novafs.cli.ls import ls
+from novafs.cli.mount import mount
+from novafs.cli.rm import rm
+from novafs.cli.stats import stats
+from novafs.cli.umount import umount
+from novafs.errors import BugError, ConfigError, InvalidNameError, NovaError
+
+INTERRUPTED: Final = 130
+_USAGE_ERRORS: Final = (ConfigError, InvalidNameError)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(novafs.__version__, prog_name="novafs", message="%(prog)s %(version)s")
+def group() -> None:
+    """A directory of virtual-machine disk images whose bytes live once, compressed, in an object store.
+
+    VOLUME is a URL (file:///var/lib/novafs/v, s3://bucket/prefix?endpoint=http://127.0.0.1:7480&region=us-east-1) or the
+    NAME of a file /etc/novafs/NAME.toml. IMAGE is a path inside the volume.
+    """
+
+
+for _command in (init, mount, umount, import_, export, ls, info, rm, stats):
+    group.add_command(_command)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status. The console script's entry point."""
+    try:
+        status = group.main(args=None if arguments is None else list(arguments), prog_name="novafs", standalone_mode=False)
+        sys.stdout.flush()
+        return status if isinstance(status, int) else 0
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except SystemExit as error:  # click's way out when stdout has been closed
+        return error.code if isinstance(error.code, int) else 1
+    except BaseException as error:
+        return _failed(error)
+
+
+def _failed(error: BaseException) -> int:
+    cause = plain(error)
+    if isinstance(cause, (KeyboardInterrupt, click.Abort)):
+        common.say("interrupted; nothing half done is visible, run again")
+        return INTERRUPTED
+    if isinstance(cause, BrokenPipeError):
+        # Whoever read our output has gone. The interpreter flushes stdout once more at its end, which must not fail again.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    ours = isinstance(cause, (NovaError, OSError)) and not isinstance(cause, BugError)
+    if not ours or common.verbosity() >= 2:
+        traceback.print_exception(error)
+    if ours:
+        common.say(error_line(cause))
+    else:
+        common.say(
+            f"this is a bug in NovaFS {novafs.__version__}, please report it with the lines above and the command: {error_line(cause)}"
+        )
+    return exit_status(cause)
+
+
+def exit_status(error: BaseException) -> int:
+    """2 for a command that was wrong as it was written, else 1."""
+    return 2 if isinstance(error, _USAGE_ERRORS) else 1
+
+
+def error_line(error: BaseException) -> str:
+    """The error as one line, without control characters that a name in it might smuggle into the terminal."""
+    text = str(error) if isinstance(error, (NovaError, OSError)) else f"{type(error).__name__}: {error}"
+    return common.printable(" ".join(text.split())) or type(error).__name__
+
+
+def plain(error: BaseException) -> BaseException:
+    """The one error to show of a group: an interruption, else the first of ours, else the first that is no cancellation."""
+    leaves = list(_leaves(error))
+    for kind in (KeyboardInterrupt, NovaError, BrokenPipeError):
+        for leaf in leaves:
+            if isinstance(leaf, kind):
+                return leaf
+    return next((leaf for leaf in leaves if type(leaf).__name__ != "Cancelled"), error)
+
+
+def _leaves(error: BaseException) -> list[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        return [leaf for child in error.exceptions for leaf in _leaves(child)]
+    return [error]

@@ -1,0 +1,258 @@
+"""Where a chunk is stored already: a bounded local index, and the check that its answer is still true.
+
+The index is an SQLite file in the state directory, 32 bytes of id and 29 of place a chunk (about 71 on disk). It is
+filled from own uploads and, lazily, from pack footers. It may be lost, stale or damaged at any time: a damaged file
+is replaced by an empty one, and each row carries a checksum.
+
+Promised (design 8): a hit makes a reference only after the pack's footer was read in this process, within
+`VERIFIED_S`, and lists exactly this frame. A stale row is dropped and the chunk is stored again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sqlite3
+import struct
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+import trio
+import xxhash
+
+from novafs import pack
+from novafs.asynctools import open_nursery
+from novafs.chunk import ChunkId, PackId, Reference
+from novafs.errors import CorruptionError, ObjectNotFoundError
+from novafs.objectstore.client import StoreClient
+from novafs.revisions import boot_time_s
+
+log = logging.getLogger(__name__)
+
+CHUNKS_MAX: Final = 16_000_000
+VERIFIED_S: Final = 3600.0
+VERIFIED_PACKS_MAX: Final = 512
+FOOTERS_IN_FLIGHT: Final = 16
+
+_PLACE: Final = struct.Struct("<16sIIB")
+_CHECK: Final = struct.Struct("<I")
+_QUERY_MAX: Final = 500
+"""Ids in one query: well below SQLite's limit on bound parameters."""
+
+
+def _seal(chunk_id: bytes, place: bytes) -> bytes:
+    return place + _CHECK.pack(xxhash.xxh32_intdigest(chunk_id + place))
+
+
+class DedupIndex:
+    """The SQLite file. Blocking and thread-safe; safe beside other processes with the same state directory."""
+
+    def __init__(self, path: Path, *, chunks_max: int = CHUNKS_MAX) -> None:
+        self._path = path
+        self._chunks_max = chunks_max
+        self._lock = threading.Lock()
+        self._inserted = 0
+        self._evict_at = 0
+        self._connection = self._open()
+
+    def _open(self) -> sqlite3.Connection:
+        try:
+            return self._connect()
+        except sqlite3.DatabaseError as error:
+            log.warning("dedup index %s is damaged (%s): starting an empty one; it fills again by itself", self._path, error)
+            for suffix in ("", "-wal", "-shm"):
+                Path(f"{self._path}{suffix}").unlink(missing_ok=True)
+            return self._connect()
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self._path, timeout=30, check_same_thread=False, isolation_level=None)
+        try:
+            # The index can be rebuilt, so it never waits for the disk.
+            connection.execute("PRAGMA synchronous = OFF")
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("CREATE TABLE IF NOT EXISTS chunk (id BLOB PRIMARY KEY, place BLOB NOT NULL) WITHOUT ROWID")
+            connection.execute("CREATE TABLE IF NOT EXISTS pack (id BLOB PRIMARY KEY) WITHOUT ROWID")
+            self._inserted = connection.execute("SELECT count(*) FROM chunk").fetchone()[0]
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    @contextlib.contextmanager
+    def _guard(self) -> Iterator[None]:
+        with self._lock:
+            try:
+                yield
+            except sqlite3.OperationalError as error:
+                # Full disk or locked for long: the index is an optimisation, so go on without.
+                log.warning("dedup index %s: %s", self._path, error)
+            except sqlite3.DatabaseError:
+                self._connection.close()
+                self._connection = self._open()
+
+    def lookup(self, chunk_ids: Sequence[bytes]) -> dict[bytes, Reference]:
+        """Where those that are known were stored last."""
+        found: dict[bytes, Reference] = {}
+        with self._guard():
+            for start in range(0, len(chunk_ids), _QUERY_MAX):
+                part = chunk_ids[start : start + _QUERY_MAX]
+                marks = ",".join("?" * len(part))
+                query = f"SELECT id, place FROM chunk WHERE id IN ({marks})"  # noqa: S608  # only question marks
+                for chunk_id, sealed in self._connection.execute(query, part):
+                    place = bytes(sealed[: _PLACE.size])
+                    if _seal(chunk_id, place) == sealed:
+                        pack_id, offset, length, codec = _PLACE.unpack(place)
+                        found[chunk_id] = Reference(ChunkId(chunk_id), PackId(pack_id), offset, length, codec)
+        return found
+
+    def record(self, references: Iterable[Reference], packs: Iterable[bytes] = ()) -> None:
+        """Note where chunks are, and packs whose footer is known."""
+        rows = [(r.chunk_id, _seal(r.chunk_id, _PLACE.pack(r.pack_id, r.offset, r.length, r.codec))) for r in references]
+        with self._guard():
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                self._connection.executemany("INSERT OR REPLACE INTO chunk VALUES (?, ?)", rows)
+                self._connection.executemany("INSERT OR IGNORE INTO pack VALUES (?)", [(p,) for p in packs])
+            finally:
+                self._connection.execute("COMMIT")
+            self._inserted += len(rows)
+            if self._inserted > self._chunks_max:
+                self._evict()
+
+    def _evict(self) -> None:
+        # Ids are uniform, so a sixteenth of the key space is a sixteenth of the rows; the next time takes the next one.
+        low, high = bytes([self._evict_at]), bytes([min(self._evict_at + 16, 255)])
+        self._connection.execute("DELETE FROM chunk WHERE id >= ? AND id < ?", (low, high))
+        self._connection.execute("DELETE FROM pack")
+        self._evict_at = (self._evict_at + 16) % 256
+        self._inserted = self._connection.execute("SELECT count(*) FROM chunk").fetchone()[0]
+
+    def forget(self, chunk_ids: Iterable[bytes], pack_id: bytes | None = None) -> None:
+        """Drop rows that turned out stale, and the note that a pack's footer is known."""
+        with self._guard():
+            self._connection.executemany("DELETE FROM chunk WHERE id = ?", [(i,) for i in chunk_ids])
+            if pack_id is not None:
+                self._connection.execute("DELETE FROM pack WHERE id = ?", (pack_id,))
+
+    def unknown_packs(self, pack_ids: Sequence[PackId]) -> list[PackId]:
+        """Those whose footer has not been read into the index."""
+        known: set[bytes] = set()
+        with self._guard():
+            known = {row[0] for row in self._connection.execute("SELECT id FROM pack")}
+        return [p for p in pack_ids if p not in known]
+
+    def __len__(self) -> int:
+        count = 0
+        with self._guard():
+            count = int(self._connection.execute("SELECT count(*) FROM chunk").fetchone()[0])
+        return count
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            self._connection.close()
+
+
+class Deduplicator:
+    """The async side: finds stored chunks, and checks each answer against the pack's footer before it counts."""
+
+    def __init__(self, index: DedupIndex, client: StoreClient, *, enabled: bool = True) -> None:
+        self.index = index
+        self.enabled = enabled
+        """False: nothing is ever found, so every chunk is stored anew; own uploads are noted all the same."""
+        self._client = client
+        self._limiter = trio.CapacityLimiter(2)
+        # pack id -> (boot time of the check, rows of its footer); most recently used last
+        self._verified: OrderedDict[bytes, tuple[float, dict[bytes, Reference]]] = OrderedDict()
+
+    async def find(self, chunk_ids: Sequence[bytes]) -> dict[bytes, Reference]:
+        """References, each checked, for those of the chunks that are stored."""
+        if not chunk_ids or not self.enabled:
+            return {}
+        candidates = await trio.to_thread.run_sync(self.index.lookup, chunk_ids, limiter=self._limiter)
+        return await self.check(candidates)
+
+    async def check(self, candidates: dict[bytes, Reference]) -> dict[bytes, Reference]:
+        """Those whose pack exists and lists them so; the others are dropped from the index."""
+        by_pack: dict[PackId, list[bytes]] = {}
+        for chunk_id, reference in candidates.items():
+            by_pack.setdefault(reference.pack_id, []).append(chunk_id)
+        rows_of = await self._footers(list(by_pack))
+        good: dict[bytes, Reference] = {}
+        for pack_id, chunk_ids in by_pack.items():
+            rows = rows_of[pack_id]
+            stale = [c for c in chunk_ids if rows.get(c) != candidates[c]]
+            good.update((c, candidates[c]) for c in chunk_ids if rows.get(c) == candidates[c])
+            if stale:
+                await trio.to_thread.run_sync(self.index.forget, stale, pack_id, limiter=self._limiter)
+        return good
+
+    async def _footers(self, pack_ids: list[PackId]) -> dict[PackId, dict[bytes, Reference]]:
+        """Rows of each pack's footer, no older than VERIFIED_S; none for a pack that is gone or damaged."""
+        found: dict[PackId, dict[bytes, Reference]] = {}
+        missing: list[PackId] = []
+        for pack_id in pack_ids:
+            known = self._verified.get(pack_id)
+            if known is not None and boot_time_s() - known[0] < VERIFIED_S:
+                self._verified.move_to_end(pack_id)
+                found[pack_id] = known[1]
+            else:
+                missing.append(pack_id)
+        if missing:
+            slots = trio.CapacityLimiter(FOOTERS_IN_FLIGHT)
+
+            async def read(pack_id: PackId) -> None:
+                async with slots:
+                    found[pack_id] = await self._read_footer(pack_id)
+
+            async with open_nursery() as nursery:
+                for pack_id in missing:
+                    nursery.start_soon(read, pack_id)
+        return found
+
+    async def _read_footer(self, pack_id: PackId) -> dict[bytes, Reference]:
+        started_s = boot_time_s()
+        name = pack.pack_name(pack_id)
+        try:
+            info = await self._client.head(name)
+            rows = await pack.read_footer(pack_id, info.size, self._client.get)
+        except ObjectNotFoundError:
+            return {}
+        except CorruptionError as error:
+            log.error("%s", error)
+            return {}
+        references: dict[bytes, Reference] = {row.reference.chunk_id: row.reference for row in rows}
+        self.note_verified(pack_id, list(references.values()), started_s)
+        return references
+
+    def note_verified(self, pack_id: PackId, references: Iterable[Reference], at_s: float) -> None:
+        """The pack is known to hold these frames since boot time `at_s`: read from its footer, or uploaded by us."""
+        self._verified[pack_id] = (at_s, {r.chunk_id: r for r in references})
+        self._verified.move_to_end(pack_id)
+        while len(self._verified) > VERIFIED_PACKS_MAX:
+            self._verified.popitem(last=False)
+
+    async def note_uploaded(self, pack_id: PackId, references: list[Reference], at_s: float) -> None:
+        """An own pack is stored: later writes may refer to its chunks."""
+        self.note_verified(pack_id, references, at_s)
+        await trio.to_thread.run_sync(self.index.record, references, [pack_id], limiter=self._limiter)
+
+    async def fill(self, *, packs_max: int = 10_000) -> int:
+        """Read footers of packs that the index does not know, at most `packs_max` of them; how many were read.
+
+        One listing and one or two range requests a pack. An import calls it first, so that it finds what other
+        hosts stored; a lost index comes back by it.
+        """
+        infos = await self._client.list(pack.PREFIX)
+        sizes = {pack_id: info.size for info in infos if (pack_id := pack.pack_id_of(info.name)) is not None}
+        unknown = await trio.to_thread.run_sync(self.index.unknown_packs, list(sizes), limiter=self._limiter)
+        unknown = unknown[:packs_max]
+        for start in range(0, len(unknown), FOOTERS_IN_FLIGHT):
+            part = unknown[start : start + FOOTERS_IN_FLIGHT]
+            rows = await self._footers(part)
+            references = [r for p in part for r in rows[p].values()]
+            await trio.to_thread.run_sync(self.index.record, references, [p for p in part if rows[p]], limiter=self._limiter)
+        return len(unknown)

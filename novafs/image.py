@@ -1,0 +1,469 @@
+"""One open image: read, write, resize, commit.
+
+What a reader sees at a byte is the newest dirty layer that has it (`novafs.dirty`), else the committed map. A write
+goes into the newest layer and waits for nothing but the cap on dirty data. A commit freezes the layers in one step
+(so every generation is a point in time), stores what they change, creates the next generation (THE COMMIT POINT) and
+only then forgets them; after an error they are all still there, and the next commit takes them again.
+
+Always holds: `_state`, the map, equals the generation `_head`. All of it is touched on the trio thread alone, and what
+a read needs of it is taken in one step between two checkpoints.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import msgspec
+import numpy as np
+import trio
+
+from novafs import dirty
+from novafs.cache.tiered import ChunkCache
+from novafs.chunk import HOLE_BYTES, ChunkIndex, Reference
+from novafs.dirty import Layer
+from novafs.errors import FrameCorruptError, ReadOnlyError, StaleError, TooLargeError
+from novafs.generation import Generation
+from novafs.imagemap import FANOUT, LEVELS_MAX, TOP_MAX, MapState
+from novafs.packwriter import PackWriter
+from novafs.revisions import Chain, ConflictError, Head
+
+log = logging.getLogger(__name__)
+
+COMMIT_BATCH_CHUNKS: Final = 32
+"""Chunks merged, hashed and compressed at a time by a commit: bounds its memory, and keeps two workers busy."""
+READ_BATCH_MAX: Final = 1 << 20
+
+
+class Writeback(Protocol):
+    """What an image asks of its volume when it writes."""
+
+    def pack_writer(self) -> AbstractAsyncContextManager[PackWriter]: ...
+
+    def account_dirty(self, change: int) -> None:
+        """Dirty bytes of an image changed; may start a commit in the background."""
+        ...
+
+    async def wait_dirty_room(self) -> None:
+        """Wait until the volume's dirty bytes are below their cap."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ImageStatistics:
+    """Figures of one generation. Bytes but for the counts; ratios are plain / stored, 1.0 where nothing is stored."""
+
+    size: int
+    generation: int
+    stored_bytes: int
+    allocated_chunks: int
+    hole_chunks: int
+    unique_chunks: int
+    unique_stored_bytes: int
+    dedup_ratio: float
+    compression_ratio: float
+
+
+class Image:
+    """Use through `Volume.open_image`, which gives one object per image however many handles there are."""
+
+    def __init__(
+        self,
+        *,
+        node_id: bytes,
+        name: str,
+        chunk_size: int,
+        head: Head[Generation],
+        chain: Chain[Generation],
+        cache: ChunkCache,
+        writeback: Writeback,
+        read_only: bool,
+    ) -> None:
+        self.node_id = node_id
+        self.name = name
+        """Path at open, for messages."""
+        self.chunk_size = chunk_size
+        self.size_max = min(TOP_MAX * FANOUT**LEVELS_MAX * chunk_size, (1 << 63) - 1)
+        self.read_only = read_only
+        self.handles = 0
+        self._shift = chunk_size.bit_length() - 1
+        self._chain = chain
+        self._cache = cache
+        self._writeback = writeback
+        self._commit_lock = trio.Lock()
+        self._layers: list[Layer] = [Layer()]
+        self._dirty_bytes = 0
+        self._statistics: ImageStatistics | None = None
+        self._adopt(head)
+
+    def _adopt(self, head: Head[Generation], state: MapState | None = None) -> None:
+        generation = head.record
+        self._head = head
+        self._state = state if state is not None else generation.map_state(self.chunk_size)
+        self._statistics = None
+        if not self.dirty:
+            self.size = generation.size
+            self.mtime_ns = generation.mtime_ns
+            self.ctime_ns = generation.ctime_ns
+
+    # -- what it is ---------------------------------------------------------------------------------------------
+
+    @property
+    def generation(self) -> int:
+        """Counter of the committed generation that the map is of."""
+        return self._head.record.counter
+
+    @property
+    def head(self) -> Generation:
+        """The committed generation."""
+        return self._head.record
+
+    @property
+    def dirty(self) -> bool:
+        """Whether something is in no generation yet."""
+        return any(layer.touched for layer in self._layers)
+
+    @property
+    def dirty_bytes(self) -> int:
+        """Memory that dirty chunks take."""
+        return self._dirty_bytes
+
+    @property
+    def map_bytes(self) -> int:
+        """Memory that the loaded part of the map takes."""
+        return self._state.loaded_bytes
+
+    def trim_map(self, keep_leaves: int) -> None:
+        """Give back memory of the map; it is fetched again when needed."""
+        self._state.trim(keep_leaves)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Payload bytes that the committed generation references."""
+        return self._head.record.stored_bytes
+
+    # -- reading ------------------------------------------------------------------------------------------------
+
+    def read_nowait(self, offset: int, length: int) -> bytes | None:
+        """The bytes where dirty data and L1 hold them all, without a checkpoint; None where `read` is needed."""
+        length = min(length, self.size - offset)
+        if length <= 0:
+            return b""
+        first = offset >> self._shift
+        last = (offset + length - 1) >> self._shift
+        parts: list[bytes | bytearray] = []
+        for index in range(first, last + 1):
+            start = offset - (index << self._shift) if index == first else 0
+            end = offset + length - (index << self._shift) if index == last else self.chunk_size
+            part = self._chunk_nowait(index, start, end)
+            if part is None:
+                return None
+            parts.append(part)
+        # `bytes` gives back a `bytes` object itself, so the common single whole chunk is not copied.
+        return bytes(parts[0]) if len(parts) == 1 else b"".join(parts)
+
+    def _chunk_nowait(self, index: int, start: int, end: int) -> bytes | bytearray | None:
+        found = dirty.overlay(self._layers, self.chunk_size, index) if self.dirty else None
+        if found is not None and dirty.covers(found, start, end):
+            return dirty.compose(found, None, start, end)
+        entry = self._state.entry_nowait(index)
+        if entry is None:
+            return None
+        if entry == HOLE_BYTES:
+            plain: bytes | None = None
+        else:
+            plain = self._cache.peek(entry[:32])
+            if plain is None:
+                return None
+        if found is not None:
+            return dirty.compose(found, plain, start, end)
+        if plain is None:
+            return bytes(end - start)
+        return plain if end - start == len(plain) else plain[start:end]
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """The bytes; short only at the end of the image.
+
+        Raises FrameCorruptError (a damaged chunk: never zeros), StoreUnavailableError.
+        """
+        length = min(length, self.size - offset)
+        if length <= 0:
+            return b""
+        if length > READ_BATCH_MAX:
+            parts = [
+                await self.read(at, min(READ_BATCH_MAX, offset + length - at)) for at in range(offset, offset + length, READ_BATCH_MAX)
+            ]
+            return b"".join(parts)
+        first = offset >> self._shift
+        last = (offset + length - 1) >> self._shift
+        while True:
+            state = self._state
+            entries = await state.entries(first, last - first + 1, self._cache.fetch)
+            if state is self._state:
+                break
+        # From here to the fetch there is no checkpoint: overlays and entries are of one moment.
+        plans: list[tuple[int, int, dirty.Overlay | None, int]] = []
+        references: list[Reference] = []
+        offsets: list[int] = []
+        for number, entry in enumerate(entries):
+            index = first + number
+            start = offset - (index << self._shift) if index == first else 0
+            end = offset + length - (index << self._shift) if index == last else self.chunk_size
+            found = dirty.overlay(self._layers, self.chunk_size, index) if self.dirty else None
+            wanted = -1
+            if entry != HOLE_BYTES and not (found is not None and dirty.covers(found, start, end)):
+                wanted = len(references)
+                references.append(Reference.unpack(entry))
+                offsets.append(index << self._shift)
+            plans.append((start, end, found, wanted))
+        plains = await self._fetch(references, offsets)
+        parts = []
+        for start, end, found, wanted in plans:
+            plain = plains[wanted] if wanted >= 0 else None
+            if found is not None:
+                parts.append(bytes(dirty.compose(found, plain, start, end)))
+            elif plain is None:
+                parts.append(bytes(end - start))
+            else:
+                parts.append(plain if end - start == len(plain) else plain[start:end])
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    async def _fetch(self, references: Sequence[Reference], offsets: Sequence[int]) -> list[bytes]:
+        if not references:
+            return []
+        try:
+            plains = await self._cache.fetch(references)
+        except FrameCorruptError as error:
+            at = next((o for r, o in zip(references, offsets, strict=True) if r.chunk_id == error.chunk_id), -1)
+            log.error("image %s (%s): corrupt data at byte %d: %s", self.name, self.node_id.hex(), at, error)
+            raise
+        for reference, offset, plain in zip(references, offsets, plains, strict=True):
+            if len(plain) != self.chunk_size:
+                log.error("image %s: chunk at byte %d has %d bytes, expected %d", self.name, offset, len(plain), self.chunk_size)
+                raise FrameCorruptError(
+                    reference.chunk_id,
+                    f"pack {reference.pack_id.hex()}",
+                    reference.offset,
+                    f"{len(plain)} bytes, expected {self.chunk_size}",
+                )
+        return plains
+
+    # -- writing ------------------------------------------------------------------------------------------------
+
+    async def write(self, offset: int, data: bytes | memoryview) -> int:
+        """Store bytes, growing the image where they reach past its end; how many (always all).
+
+        Waits only while the volume's dirty data is at its cap. Raises ReadOnlyError, TooLargeError, StaleError.
+        """
+        if not len(data):
+            return 0
+        self._check_writable()
+        if offset + len(data) > self.size_max:
+            raise TooLargeError(f"{self.name}: a write to byte {offset + len(data)} is beyond the largest image of {self.size_max} bytes")
+        await self._writeback.wait_dirty_room()
+        # No checkpoint from here on: the write is whole, in one layer.
+        taken = self._layers[-1].write(self.chunk_size, offset, data)
+        self.size = max(self.size, offset + len(data))
+        self.touch()
+        self._account(taken)
+        return len(data)
+
+    async def resize(self, size: int) -> None:
+        """Cut or grow to `size` bytes; what growth adds reads as zeros. Raises ReadOnlyError, TooLargeError."""
+        self._check_writable()
+        if size > self.size_max or size < 0:
+            raise TooLargeError(f"{self.name}: {size} bytes, the largest image has {self.size_max}")
+        if size < self.size:
+            self._account(-self._layers[-1].truncate(self.chunk_size, size))
+        self.size = size
+        self.touch()
+
+    def set_mtime(self, mtime_ns: int) -> None:
+        """Set the time of the last change to the content; durable with the next commit. Raises ReadOnlyError."""
+        self._check_writable()
+        self.touch()
+        self.mtime_ns = mtime_ns
+
+    def touch(self) -> None:
+        """Note a change now: both times, and that a commit is due."""
+        self.mtime_ns = self.ctime_ns = time.time_ns()
+        self._layers[-1].touched = True
+
+    def _check_writable(self) -> None:
+        if self.read_only:
+            raise ReadOnlyError(f"{self.name}: opened on a read-only volume or mount")
+
+    def _account(self, change: int) -> None:
+        if change:
+            self._dirty_bytes += change
+            self._writeback.account_dirty(change)
+
+    async def fsync(self) -> None:
+        """Return when everything written before would survive a crash of the host. Raises what `commit` raises."""
+        await self.commit()
+
+    async def flush(self) -> None:
+        """A handle is being closed: commit, so that the next open elsewhere sees the data (close-to-open)."""
+        await self.commit()
+
+    async def commit(self) -> int:
+        """Make a generation in L3 that holds all writes issued before and none after; its counter.
+
+        Does nothing where nothing is dirty. After an error all data is still here and the next commit takes it again.
+        Raises StoreUnavailableError, StoreFullError, StaleError (another host has written the image).
+        """
+        if not self.dirty and not self._commit_lock.locked():
+            return self.generation
+        async with self._commit_lock:
+            if not self.dirty:
+                return self.generation
+            # The freeze, in one step: layers, size and times are of this moment.
+            frozen = list(self._layers)
+            self._layers.append(Layer())
+            generation = self._head.record.successor(
+                size=self.size, mtime_ns=self.mtime_ns, ctime_ns=self.ctime_ns, committed_ns=time.time_ns()
+            )
+            head, state = await self._store(frozen, generation)
+            # Adopted in one step as well: no reader sees the new map without, or the old map with, the layers gone.
+            del self._layers[: len(frozen)]
+            self._adopt(head, state)
+            self._account(-sum(len(layer.chunks) for layer in frozen) * self.chunk_size)
+            return self.generation
+
+    async def _store(self, frozen: list[Layer], generation: Generation) -> tuple[Head[Generation], MapState]:
+        base, size = self._state, generation.size
+        chunks = (size + self.chunk_size - 1) // self.chunk_size
+        floor = min(layer.floor for layer in frozen)
+        clear_from = min((floor + self.chunk_size - 1) // self.chunk_size, chunks)
+        indexes = sorted(index for index in dirty.dirty_indexes(frozen, self.chunk_size) if index < chunks)
+        stored_bytes, allocated = generation.stored_bytes, generation.allocated_chunks
+        if clear_from < base.chunks:
+            lost_bytes, lost = await self._count_from(base, clear_from)
+            stored_bytes, allocated = stored_bytes - lost_bytes, allocated - lost
+        async with self._writeback.pack_writer() as writer:
+            changes: dict[ChunkIndex, bytes] = {}
+            for at in range(0, len(indexes), COMMIT_BATCH_CHUNKS):
+                batch = indexes[at : at + COMMIT_BATCH_CHUNKS]
+                olds = [(await base.entries(index, 1, self._cache.fetch))[0] for index in batch]
+                plains = await self._merge(frozen, batch, olds)
+                for index, old, new in zip(batch, olds, await writer.put(plains), strict=True):
+                    if index < clear_from and old != HOLE_BYTES:  # beyond, it is counted by _count_from
+                        stored_bytes, allocated = stored_bytes - Reference.unpack(old).length, allocated - 1
+                    if new != HOLE_BYTES:
+                        stored_bytes, allocated = stored_bytes + Reference.unpack(new).length, allocated + 1
+                    if new[:32] != old[:32] or index >= clear_from:
+                        changes[ChunkIndex(index)] = new
+                    elif new != HOLE_BYTES:  # the same content: keep the reference there was
+                        stored_bytes += Reference.unpack(old).length - Reference.unpack(new).length
+            state = await base.rewrite(changes, chunks, clear_from, self._cache.fetch, writer.put_blob)
+            await writer.finish()
+        generation = msgspec.structs.replace(
+            generation, levels=state.levels, top=state.top, stored_bytes=stored_bytes, allocated_chunks=allocated
+        )
+        try:
+            head = await self._chain.commit(self._head, generation)
+        except ConflictError as error:
+            raise StaleError(
+                f"{self.name}: another host wrote the image since this one read generation {self.generation}; "
+                f"what was written here and not fsynced is in no generation. Close and reopen the image"
+            ) from error
+        return head, state
+
+    async def _count_from(self, state: MapState, first: int) -> tuple[int, int]:
+        """Payload bytes and number of the chunks from index `first` on."""
+        stored = count = 0
+        if first == 0:
+            return self._head.record.stored_bytes, self._head.record.allocated_chunks
+        async for start, entries in state.leaves(self._cache.fetch, from_chunk=first):
+            part = entries[max(0, first - start) :]
+            lengths = part["length"]
+            stored += int(lengths.sum(dtype=np.int64))
+            count += int(np.count_nonzero(lengths))
+        return stored, count
+
+    async def _merge(self, frozen: list[Layer], indexes: Sequence[int], olds: Sequence[bytes]) -> list[bytes]:
+        """The full content of chunks as of the freeze; what was not written comes from the committed map."""
+        overlays = [dirty.overlay(frozen, self.chunk_size, index) for index in indexes]
+        needed = [
+            (number, Reference.unpack(old), index << self._shift)
+            for number, (index, old, found) in enumerate(zip(indexes, olds, overlays, strict=True))
+            if old != HOLE_BYTES and (found is None or not dirty.covers(found, 0, self.chunk_size))
+        ]
+        plains = await self._fetch([r for _, r, _ in needed], [o for _, _, o in needed])
+        bases: dict[int, bytes] = {number: plain for (number, _, _), plain in zip(needed, plains, strict=True)}
+        merged: list[bytes] = []
+        for number, found in enumerate(overlays):
+            base = bases.get(number)
+            if found is None:
+                merged.append(base if base is not None else bytes(self.chunk_size))
+            else:
+                merged.append(bytes(dirty.compose(found, base, 0, self.chunk_size)))
+        return merged
+
+    # -- other hosts, figures, walks ----------------------------------------------------------------------------
+
+    async def refresh(self) -> bool:
+        """Take over a newer generation of another host, where there is one and nothing is dirty here; whether it did."""
+        async with self._commit_lock:
+            head = await self._chain.head(self._head)
+            if head is None:
+                raise StaleError(f"{self.name}: the image was removed")
+            if head.record.counter == self.generation:
+                self._head = head
+                return False
+            if self.dirty:
+                raise StaleError(
+                    f"{self.name}: another host wrote the image while data written here was not committed; close and reopen it"
+                )
+            self._adopt(head)
+            return True
+
+    async def statistics(self) -> ImageStatistics:
+        """Figures of the committed generation. The first call for a generation walks the whole map."""
+        if self._statistics is not None:
+            return self._statistics
+        state, head = self._state, self._head.record
+        ids = [np.empty(0, dtype="S32")]
+        lengths = [np.empty(0, dtype=np.uint32)]
+        async for _, entries in state.leaves(self._cache.fetch):
+            part = entries[entries["length"] > 0]
+            ids.append(np.ascontiguousarray(part["id"]).view("S32"))  # numpy sorts S32, not V32
+            lengths.append(part["length"])
+        all_lengths = np.concatenate(lengths)
+        all_ids = np.concatenate(ids)
+        _, first = np.unique(all_ids, return_index=True)
+        unique_stored = int(all_lengths[first].sum(dtype=np.int64))
+        allocated, unique = len(all_ids), len(first)
+        found = ImageStatistics(
+            size=head.size,
+            generation=head.counter,
+            stored_bytes=int(all_lengths.sum(dtype=np.int64)),
+            allocated_chunks=allocated,
+            hole_chunks=state.chunks - allocated,
+            unique_chunks=unique,
+            unique_stored_bytes=unique_stored,
+            dedup_ratio=allocated / unique if unique else 1.0,
+            compression_ratio=unique * self.chunk_size / unique_stored if unique_stored else 1.0,
+        )
+        if self._head.record is head:
+            self._statistics = found
+        return found
+
+    async def extents(self) -> AsyncGenerator[tuple[int, int], None]:
+        """Ranges (offset, length) of the committed generation that are no hole, in order, neighbours joined."""
+        start = end = -1
+        size = self._head.record.size
+        async for first, entries in self._state.leaves(self._cache.fetch):
+            for number in np.flatnonzero(entries["length"]):
+                at = (first + int(number)) << self._shift
+                if at != end:
+                    if end > start:
+                        yield start, min(end, size) - start
+                    start = at
+                end = at + self.chunk_size
+        if end > start:
+            yield start, min(end, size) - start

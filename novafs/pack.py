@@ -1,0 +1,166 @@
+"""Packs: many frames in one immutable object, with an index at the end.
+
+Layout, little endian (docs/format.md has the same tables):
+
+    header, 32 bytes        magic "NOVAPK\\x01\\n" (8), pack id (16), zero (8)
+    frames                  each: header of 48 bytes, then the payload
+    footer                  one row of 48 bytes for each frame, in the order of the frames
+    tail, 32 bytes          rows (u32), footer length in bytes (u32), xxh64 of pack id + footer (u64), zero (8), magic "NOVAPKFT"
+
+    frame header, 48 bytes  magic "NVFR", codec (u8), zero (3), payload length (u32), plain length (u32), chunk id (32)
+    footer row, 48 bytes    chunk id (32), payload offset (u32), payload length (u32), plain length (u32), codec (u8), zero (3)
+
+A reference names the payload's offset, so a read needs neither header nor footer. Footers serve the dedup index,
+collection and repair; frame headers let repair find frames where a footer is damaged. Frames of chunks that
+follow each other in an image lie next to each other, so that one range request reads a run of them.
+"""
+
+from __future__ import annotations
+
+import secrets
+import struct
+from collections.abc import Awaitable, Callable
+from typing import Final, NamedTuple
+
+import xxhash
+
+from novafs.cache.base import Frame
+from novafs.chunk import PACK_ID_SIZE, ChunkId, PackId, Reference
+from novafs.errors import ObjectCorruptError
+
+PREFIX: Final = "packs/"
+MAGIC: Final = b"NOVAPK\x01\n"
+FRAME_MAGIC: Final = b"NVFR"
+FOOTER_MAGIC: Final = b"NOVAPKFT"
+TARGET_BYTES: Final = 8 << 20
+FRAMES_MAX: Final = 8192
+"""More frames than this would make the footer, which is read whole, larger than a quarter of a small pack."""
+TAIL_READ_BYTES: Final = 64 << 10
+"""A first guess at tail + footer: holds 1,364 rows, which is a pack of 64 KiB chunks at any usual ratio."""
+
+_HEADER: Final = struct.Struct("<8s16s8x")
+_FRAME: Final = struct.Struct("<4sB3xII32s")
+_ROW: Final = struct.Struct("<32sIIIB3x")
+_TAIL: Final = struct.Struct("<IIQ8x8s")
+
+
+class PackRow(NamedTuple):
+    """One footer row: the reference it makes, and the length of the plain content in bytes."""
+
+    reference: Reference
+    plain_length: int
+
+
+def new_pack_id() -> PackId:
+    """A random id: packs of different hosts never meet."""
+    return PackId(secrets.token_bytes(PACK_ID_SIZE))
+
+
+def pack_name(pack_id: bytes) -> str:
+    """The object's name in the volume."""
+    text = pack_id.hex()
+    return f"{PREFIX}{text[:2]}/{text}"
+
+
+def pack_id_of(name: str) -> PackId | None:
+    """The id in an object's name, or None where the name is no pack's."""
+    text = name.rpartition("/")[2]
+    if not name.startswith(PREFIX) or len(text) != 2 * PACK_ID_SIZE:
+        return None
+    try:
+        return PackId(bytes.fromhex(text))
+    except ValueError:
+        return None
+
+
+class PackBuilder:
+    """Collects the frames of one pack. References are known as frames are added; they hold once the pack is stored."""
+
+    def __init__(self) -> None:
+        self.pack_id = new_pack_id()
+        self._parts: list[bytes] = [_HEADER.pack(MAGIC, self.pack_id)]
+        self._rows: list[bytes] = []
+        self.references: list[Reference] = []
+        self.size = _HEADER.size
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def full(self) -> bool:
+        """Whether the next frame belongs into another pack."""
+        return self.size >= TARGET_BYTES or len(self._rows) >= FRAMES_MAX
+
+    def add(self, chunk_id: ChunkId, frame: Frame, plain_length: int) -> Reference:
+        """Append a frame; where it will be."""
+        length = len(frame.payload)
+        offset = self.size + _FRAME.size
+        self._parts.append(_FRAME.pack(FRAME_MAGIC, frame.codec, length, plain_length, chunk_id))
+        self._parts.append(frame.payload)
+        self._rows.append(_ROW.pack(chunk_id, offset, length, plain_length, frame.codec))
+        self.size = offset + length
+        reference = Reference(chunk_id, self.pack_id, offset, length, frame.codec)
+        self.references.append(reference)
+        return reference
+
+    def finish(self) -> bytes:
+        """The object's bytes. The builder is not used after."""
+        footer = b"".join(self._rows)
+        digest = xxhash.xxh64_intdigest(self.pack_id + footer)
+        tail = _TAIL.pack(len(self._rows), len(footer), digest, FOOTER_MAGIC)
+        return b"".join([*self._parts, footer, tail])
+
+
+def parse_footer(pack_id: PackId, end: bytes) -> list[PackRow] | int:
+    """The rows of a pack from its last bytes, or how many bytes of its end are needed.
+
+    Raises ObjectCorruptError where the tail or the footer is damaged or belongs to another pack.
+    """
+    name = pack_name(pack_id)
+    if len(end) < _TAIL.size:
+        raise ObjectCorruptError(f"{name}: {len(end)} bytes are too few for a pack; run 'novafs fsck'")
+    rows, footer_length, digest, magic = _TAIL.unpack_from(end, len(end) - _TAIL.size)
+    if magic != FOOTER_MAGIC or footer_length != rows * _ROW.size:
+        raise ObjectCorruptError(f"{name}: does not end in a pack's footer; run 'novafs fsck'")
+    needed = int(footer_length) + _TAIL.size
+    if needed > len(end):
+        return needed
+    footer = end[len(end) - needed : len(end) - _TAIL.size]
+    if xxhash.xxh64_intdigest(pack_id + footer) != digest:
+        raise ObjectCorruptError(f"{name}: the footer fails its checksum; run 'novafs fsck'")
+    return [
+        PackRow(Reference(ChunkId(chunk), pack_id, offset, length, codec), plain)
+        for chunk, offset, length, plain, codec in _ROW.iter_unpack(footer)
+    ]
+
+
+async def read_footer(pack_id: PackId, size: int, get: Callable[[str, int, int], Awaitable[bytes]]) -> list[PackRow]:
+    """The rows of a stored pack of `size` bytes, by one range request, or two for a long footer.
+
+    Raises ObjectCorruptError, ObjectNotFoundError, StoreUnavailableError.
+    """
+    name = pack_name(pack_id)
+    wanted = min(size, TAIL_READ_BYTES)
+    for _ in range(2):
+        end = await get(name, size - wanted, wanted)
+        rows = parse_footer(pack_id, end)
+        if not isinstance(rows, int):
+            return rows
+        if rows > size:
+            break
+        wanted = rows
+    raise ObjectCorruptError(f"{name}: the footer is longer than the pack; run 'novafs fsck'")
+
+
+def scan_frames(pack_id: PackId, data: bytes) -> list[PackRow]:
+    """The frames found by their headers, for repair where the footer is damaged. Stops at the first that is not whole."""
+    rows: list[PackRow] = []
+    at = _HEADER.size
+    while at + _FRAME.size <= len(data):
+        magic, codec, length, plain, chunk = _FRAME.unpack_from(data, at)
+        payload_at = at + _FRAME.size
+        if magic != FRAME_MAGIC or payload_at + length > len(data):
+            break
+        rows.append(PackRow(Reference(ChunkId(chunk), pack_id, payload_at, length, codec), plain))
+        at = payload_at + length
+    return rows

@@ -1,0 +1,203 @@
+"""From plain chunks to stored packs: zero test, hash, dedup, compress, pack, upload. Every writer goes through here.
+
+    async with open_pack_writer(…) as writer:
+        entries = await writer.put(plains)       64-byte map entries, in order
+        reference = await writer.put_blob(node)  one map node or directory page
+        await writer.finish()                    from here on the references may be named by a generation
+
+Promised: before `finish` has returned, no reference that `put` gave may be made durable; after it, every pack that
+they name is stored (own uploads answered, dedup hits checked). An upload that fails makes `finish` raise, and nothing
+that was put counts. Chunks keep their order within packs, so neighbours in an image are neighbours in a pack.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+import trio
+
+from novafs import codec as codecs
+from novafs.asynctools import open_nursery
+from novafs.cache.base import Frame
+from novafs.cache.tiered import ChunkCache
+from novafs.chunk import HOLE_BYTES, ChunkId, Reference, chunk_id, is_zero
+from novafs.codec import Codec
+from novafs.dedup import Deduplicator
+from novafs.errors import ObjectExistsError
+from novafs.objectstore.client import StoreClient
+from novafs.pack import PackBuilder, pack_name
+from novafs.revisions import boot_time_s
+
+UPLOADS_MAX: Final = 4
+"""Packs in flight of one writer: 4 × 8 MiB fill a 2 Gbit/s link at 100 ms, and bound its memory."""
+
+
+@dataclass(slots=True)
+class WriteCounts:
+    """What a writer has done; bytes are of payloads for `stored_bytes`, of plain content for the others."""
+
+    new_chunks: int = 0
+    dedup_chunks: int = 0
+    hole_chunks: int = 0
+    plain_bytes: int = 0
+    stored_bytes: int = 0
+    packs: int = 0
+    uploaded_bytes: int = 0
+
+
+class Prepared(NamedTuple):
+    """A chunk on its way: its id (None for a hole), where it is stored already, or its frame."""
+
+    plain: bytes
+    chunk_id: ChunkId | None
+    known: Reference | None
+    frame: Frame | None
+
+
+class PackWriter:
+    """Use through `open_pack_writer`. One task at a time calls `put`, `append`, `put_blob` and `finish`; `prepare` may run in several."""
+
+    def __init__(
+        self,
+        nursery: trio.Nursery,
+        client: StoreClient,
+        dedup: Deduplicator,
+        *,
+        codec: Codec,
+        codec_level: int | None,
+        workers: trio.CapacityLimiter,
+        cache: ChunkCache | None,
+    ) -> None:
+        self._nursery = nursery
+        self._client = client
+        self._dedup = dedup
+        self._codec = codec
+        self._codec_level = codec_level
+        self._workers = workers
+        self._cache = cache
+        self._builder = PackBuilder()
+        self._placed: dict[bytes, Reference] = {}  # what this writer has placed; true once its pack is uploaded
+        self._slots = trio.CapacityLimiter(UPLOADS_MAX)
+        self._uploading = 0
+        self._idle = trio.Event()
+        self._idle.set()
+        self._error: BaseException | None = None
+        self.counts = WriteCounts()
+
+    async def prepare(self, plains: Sequence[bytes]) -> list[Prepared]:
+        """Zero test, hash, dedup lookup, compression of what is new; in worker threads."""
+        ids = await trio.to_thread.run_sync(_identify, plains, limiter=self._workers)
+        wanted = {i for i in ids if i is not None and i not in self._placed}
+        known = await self._dedup.find(list(wanted))
+        fresh = {i: plain for i, plain in zip(ids, plains, strict=True) if i in wanted and i not in known and i not in self._placed}
+        frames: dict[ChunkId, Frame] = {}
+        if fresh:
+            encoded = await trio.to_thread.run_sync(_encode, list(fresh.values()), self._codec, self._codec_level, limiter=self._workers)
+            frames = {i: frame for i, frame in zip(fresh, encoded, strict=True) if i is not None}
+        return [
+            Prepared(plain, i, known.get(i) if i is not None else None, frames.get(i) if i is not None else None)
+            for i, plain in zip(ids, plains, strict=True)
+        ]
+
+    async def append(self, prepared: Sequence[Prepared]) -> list[bytes]:
+        """Place chunks in packs, in order; the map entry of each. Waits while `UPLOADS_MAX` packs are in flight."""
+        return [await self._place(item) for item in prepared]
+
+    async def _place(self, item: Prepared) -> bytes:
+        counts = self.counts
+        if item.chunk_id is None:
+            counts.hole_chunks += 1
+            return HOLE_BYTES
+        counts.plain_bytes += len(item.plain)
+        reference = self._placed.get(item.chunk_id) or item.known
+        if reference is not None:
+            counts.dedup_chunks += 1
+        else:
+            # A frame is missing only where `prepare` saw the chunk in `_placed`, which never forgets.
+            assert item.frame is not None
+            if self._builder.full:
+                await self._upload()
+            reference = self._builder.add(item.chunk_id, item.frame, len(item.plain))
+            counts.new_chunks += 1
+            counts.stored_bytes += reference.length
+            self._placed[item.chunk_id] = reference
+        if self._cache is not None:
+            self._cache.add(item.chunk_id, item.plain, item.frame)
+        return reference.pack()
+
+    async def put(self, plains: Sequence[bytes]) -> list[bytes]:
+        """Map entries of plain chunks, in order: 64 bytes each, `HOLE_BYTES` for zeros."""
+        return await self.append(await self.prepare(plains))
+
+    async def put_blob(self, plain: bytes) -> Reference:
+        """Store a blob that is no chunk of an image (a map node, a directory page); not counted as one."""
+        before = (self.counts.new_chunks, self.counts.dedup_chunks, self.counts.plain_bytes)
+        (entry,) = await self.append([item for item in await self.prepare([plain])])
+        self.counts.new_chunks, self.counts.dedup_chunks, self.counts.plain_bytes = before
+        return Reference.unpack(entry)
+
+    async def _upload(self) -> None:
+        builder, self._builder = self._builder, PackBuilder()
+        if not len(builder):
+            return
+        self._raise_failed()
+        await self._slots.acquire_on_behalf_of(builder)
+        if not self._uploading:
+            self._idle = trio.Event()
+        self._uploading += 1
+        self._nursery.start_soon(self._send, builder)
+
+    async def _send(self, builder: PackBuilder) -> None:
+        try:
+            started_s = boot_time_s()
+            data = builder.finish()
+            with contextlib.suppress(ObjectExistsError):  # ids are random: it is this very pack, whose first answer was lost
+                await self._client.create(pack_name(builder.pack_id), data)
+            self.counts.packs += 1
+            self.counts.uploaded_bytes += len(data)
+            await self._dedup.note_uploaded(builder.pack_id, builder.references, started_s)
+        except Exception as error:
+            self._error = self._error or error
+        finally:
+            self._slots.release_on_behalf_of(builder)
+            self._uploading -= 1
+            if not self._uploading:
+                self._idle.set()
+
+    def _raise_failed(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    async def finish(self) -> None:
+        """Upload what is left and wait for all of it. Raises the first error of any upload."""
+        await self._upload()
+        await self._idle.wait()
+        self._raise_failed()
+
+
+def _identify(plains: Sequence[bytes]) -> list[ChunkId | None]:
+    return [None if is_zero(plain) else chunk_id(plain) for plain in plains]
+
+
+def _encode(plains: Sequence[bytes], codec: Codec, level: int | None) -> list[Frame]:
+    return [codecs.encode(plain, codec, level) for plain in plains]
+
+
+@asynccontextmanager
+async def open_pack_writer(
+    client: StoreClient,
+    dedup: Deduplicator,
+    *,
+    codec: Codec,
+    codec_level: int | None = None,
+    workers: trio.CapacityLimiter,
+    cache: ChunkCache | None = None,
+) -> AsyncIterator[PackWriter]:
+    """A writer for one commit. Leaving the block without `finish` abandons what was put (packs may stay, unreferenced)."""
+    async with open_nursery() as nursery:
+        yield PackWriter(nursery, client, dedup, codec=codec, codec_level=codec_level, workers=workers, cache=cache)
+        nursery.cancel_scope.cancel()

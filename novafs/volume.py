@@ -1,0 +1,587 @@
+"""A volume: what is at a URL, opened. Puts store, tiers, catalog and images together; everything above uses this.
+
+    async with open_volume(config) as volume:
+        entry = await volume.catalog.resolve("web-01.raw")
+        image = await volume.open_image(entry.node_id)
+
+Write order, everywhere: pack, generation, catalog. An image exists once its catalog entry does, so a crash between
+leaves objects that nothing names, never a name without an image.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+import msgspec
+import trio
+
+from novafs import pack, statedir
+from novafs.asynctools import open_nursery
+from novafs.cache.memory import MemoryTier
+from novafs.cache.packs import PackSource
+from novafs.cache.redis import open_l2
+from novafs.cache.tiered import ChunkCache
+from novafs.catalog import Catalog, CatalogRecord, catalog_chain, root_entry
+from novafs.catalogtree import XATTR_BYTES_MAX, XATTR_NAME_BYTES_MAX, Entry, Kind, check_name
+from novafs.chunk import CHUNK_SIZE_DEFAULT
+from novafs.config import Config
+from novafs.dedup import DedupIndex, Deduplicator
+from novafs.errors import (
+    ConfigError,
+    ExistsError,
+    InvalidNameError,
+    IsADirectoryError_,
+    NoAttributeError,
+    NotFoundError,
+    NovaError,
+    NoVolumeError,
+    ReadOnlyError,
+    RetryableError,
+    TooLargeError,
+)
+from novafs.generation import Generation, generation_chain
+from novafs.image import Image
+from novafs.objectstore.client import StoreClient
+from novafs.objectstore.url import StoreOptions, open_store
+from novafs.packwriter import PackWriter, open_pack_writer
+from novafs.revisions import Head, boot_time_s, new_nonce
+from novafs.superblock import Superblock, create_superblock, read_superblock
+
+log = logging.getLogger(__name__)
+
+ATTRIBUTES_AGE_S: Final = 1.0
+"""How long the size and times of an image that is not open here may lag behind another host's commits."""
+HINT_INTERVAL_S: Final = 1.0
+USAGE_AGE_S: Final = 30.0
+HEADS_MAX: Final = 4096
+DIRTY_MAX_BYTES: Final = 256 << 20
+MAP_SHARE: Final = 8
+"""Loaded map nodes may take one part in MAP_SHARE of L1's capacity."""
+CLOSE_TIMEOUT_S: Final = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Attributes:
+    """What `stat` tells of a node. Bytes and nanoseconds; generation is -1 for a directory."""
+
+    size: int
+    stored_bytes: int
+    atime_ns: int
+    mtime_ns: int
+    ctime_ns: int
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeUsage:
+    """capacity_bytes: the smaller of the L3 capacity setting and what the store has room for; used_bytes: of all packs."""
+
+    capacity_bytes: int
+    used_bytes: int
+    images: int
+
+
+async def init_volume(client: StoreClient, *, chunk_size: int = CHUNK_SIZE_DEFAULT) -> Superblock:
+    """Make an empty volume. Raises VolumeExistsError, ConfigError (a store without create-only writes)."""
+    await check_create_only(client)
+    # The catalog first: a superblock without one would look like a volume that lost its names. A catalog that an
+    # interrupted `init` left is as empty as the one this would make.
+    record = CatalogRecord(counter=0, nonce=new_nonce(), root=root_entry(), written_ns=time.time_ns())
+    chain = catalog_chain(client)
+    if await chain.head_counter() is None:
+        try:
+            await chain.commit(None, record)
+        except NovaError:
+            if await chain.head_counter() is None:
+                raise
+    return await create_superblock(client, chunk_size=chunk_size)
+
+
+async def check_create_only(client: StoreClient) -> None:
+    """Refuse a store that replaces objects when told not to: two writers would silently overwrite each other."""
+    if not await client.probe_create_only():
+        raise ConfigError(
+            f"{client.store.url}: the store ignores 'If-None-Match: *', so commits of two hosts could overwrite each other; "
+            f"use a store that honours it (AWS S3, Ceph RGW, MinIO, a local directory), or mount read-only"
+        )
+
+
+@asynccontextmanager
+async def open_volume(config: Config, *, read_only: bool = False) -> AsyncIterator[Volume]:
+    """The volume that `config` names. On leaving, dirty images are committed.
+
+    Raises NoVolumeError, NewerFormatError, ConfigError, StoreDeniedError, BucketMissingError, StoreUnavailableError.
+    """
+    options = StoreOptions(pool_size=config.store.requests_max)
+    store = await trio.to_thread.run_sync(lambda: open_store(str(config.volume_url), options=options))
+    client = StoreClient(store, io_timeout_s=config.store.io_timeout_s, requests_max=config.store.requests_max)
+    try:
+        superblock, head = await _read_start(client, probe=not read_only)
+        await trio.to_thread.run_sync(statedir.prepare, config.state_dir)
+        l1 = MemoryTier(capacity_bytes=config.l1.capacity_bytes, codec=config.l1.codec, decoded_share=config.l1.decoded_share)
+        l2 = await trio.to_thread.run_sync(
+            lambda: open_l2(
+                config.l2.url.reveal(),
+                capacity_bytes=config.l2.capacity_bytes,
+                volume_id=superblock.volume_id,
+                state_dir=config.state_dir,
+                timeout_s=config.l2.timeout_s,
+            )
+        )
+        cache = ChunkCache(l1=l1, l2=l2, l3=PackSource(client), chunk_size=superblock.chunk_size, l2_codec=config.l2.codec)
+        index = await trio.to_thread.run_sync(DedupIndex, config.state_dir / f"dedup-{superblock.volume_id[:16]}.sqlite")
+        try:
+            async with cache.running(), open_nursery() as nursery:
+                volume = Volume(
+                    config, superblock, client, cache, Deduplicator(index, client, enabled=config.dedup), head, read_only=read_only
+                )
+                nursery.start_soon(volume.run_background)
+                try:
+                    yield volume
+                finally:
+                    with trio.CancelScope(deadline=trio.current_time() + CLOSE_TIMEOUT_S, shield=True):
+                        await volume.close()
+                nursery.cancel_scope.cancel()
+        finally:
+            index.close()
+            if l2 is not None:
+                l2.close()
+            l1.close()
+    finally:
+        client.store.close()
+
+
+async def _read_start(client: StoreClient, *, probe: bool) -> tuple[Superblock, Head[CatalogRecord]]:
+    """Superblock and catalog head, and the probe, at the same time: a cold mount counts its round trips."""
+    found: dict[str, Any] = {}
+
+    async def superblock() -> None:
+        found["superblock"] = await read_superblock(client)
+
+    async def head() -> None:
+        found["head"] = await catalog_chain(client).head()
+
+    async with open_nursery() as nursery:
+        nursery.start_soon(superblock)
+        nursery.start_soon(head)
+    if probe:
+        await check_create_only(client)
+    if found["head"] is None:
+        raise NoVolumeError(
+            f"{client.store.url}: the volume has no catalog; an interrupted 'novafs init' can be run again, else see 'novafs fsck'"
+        )
+    return found["superblock"], found["head"]
+
+
+class Volume:
+    """An open volume. Everything here runs on the trio thread."""
+
+    def __init__(
+        self,
+        config: Config,
+        superblock: Superblock,
+        client: StoreClient,
+        cache: ChunkCache,
+        dedup: Deduplicator,
+        head: Head[CatalogRecord],
+        *,
+        read_only: bool,
+    ) -> None:
+        self.config = config
+        self.superblock = superblock
+        self.client = client
+        self.cache = cache
+        self.dedup = dedup
+        self.read_only = read_only
+        self.chunk_size = superblock.chunk_size
+        self.catalog = Catalog(catalog_chain(client), head, fetch=cache.fetch, pack_writer=self.pack_writer)
+        self.dirty_max_bytes = DIRTY_MAX_BYTES
+        self._workers = trio.CapacityLimiter(2)
+        self._images: dict[bytes, Image] = {}
+        self._unlinked: set[bytes] = set()
+        self._heads: OrderedDict[bytes, Head[Generation]] = OrderedDict()
+        self._hints: dict[bytes, Attributes] = {}
+        self._dirty_bytes = 0
+        self._dirty_high = trio.Event()
+        self._dirty_room = trio.Event()
+        self._commit_error: NovaError | None = None
+        self._usage: tuple[float, int] | None = None
+        self._usage_lock = trio.Lock()
+
+    # -- writing to L3 ------------------------------------------------------------------------------------------
+
+    def pack_writer(self, *, cache: bool = True) -> AbstractAsyncContextManager[PackWriter]:
+        """A writer for one commit; `cache`: what it stores goes into L1 and L2 as well."""
+        return open_pack_writer(
+            self.client,
+            self.dedup,
+            codec=self.config.l3.codec,
+            codec_level=self.config.l3.codec_level,
+            workers=self._workers,
+            cache=self.cache if cache else None,
+        )
+
+    def account_dirty(self, change: int) -> None:
+        """Dirty bytes of an image changed: wake the background commit above half of the cap, and writers below it."""
+        self._dirty_bytes += change
+        if self._dirty_bytes > self.dirty_max_bytes // 2:
+            self._dirty_high.set()
+        if self._dirty_bytes < self.dirty_max_bytes:
+            self._dirty_room.set()
+
+    async def wait_dirty_room(self) -> None:
+        """Wait while dirty bytes are at their cap. Raises the error of a commit that can not succeed by waiting."""
+        while self._dirty_bytes >= self.dirty_max_bytes:
+            if self._commit_error is not None:
+                raise self._commit_error
+            self._dirty_room = trio.Event()
+            self._dirty_high.set()
+            await self._dirty_room.wait()
+
+    async def run_background(self) -> None:
+        """Commits under memory pressure, hints, the bound on map nodes. Runs for as long as the volume is open."""
+        async with open_nursery() as nursery:
+            nursery.start_soon(self._commit_under_pressure)
+            while True:
+                await trio.sleep(HINT_INTERVAL_S)
+                self._trim_maps()
+                try:
+                    await self._flush_hints()
+                except NovaError as error:
+                    log.warning("sizes in the catalog lag behind: %s", error)
+
+    async def _commit_under_pressure(self) -> None:
+        while True:
+            await self._dirty_high.wait()
+            self._dirty_high = trio.Event()
+            while self._dirty_bytes > self.dirty_max_bytes // 2:
+                image = max(self._images.values(), key=lambda i: i.dirty_bytes)
+                try:
+                    await image.commit()
+                    self._commit_error = None
+                except RetryableError as error:
+                    log.warning("image %s: the commit will be tried again: %s", image.name, error)
+                    await trio.sleep(1)
+                except NovaError as error:
+                    log.error("image %s: can not be committed: %s", image.name, error)
+                    self._commit_error = error
+                    self._dirty_room.set()
+                    await trio.sleep(1)
+
+    def _trim_maps(self) -> None:
+        budget = self.config.l1.capacity_bytes // MAP_SHARE
+        used = sum(image.map_bytes for image in self._images.values())
+        if used > budget:
+            for image in self._images.values():
+                image.trim_map(keep_leaves=max(16, budget // 2 // len(self._images) // (16 << 10)))
+            used = sum(image.map_bytes for image in self._images.values())
+        self.cache.l1.set_reserved("maps", used)
+
+    async def close(self) -> None:
+        """Commit every dirty image and the hints. Raises the first error, after trying them all."""
+        failed: NovaError | None = None
+        for image in list(self._images.values()):
+            if image.dirty and image.node_id not in self._unlinked:
+                try:
+                    await image.commit()
+                    self._note_hint(image)
+                except NovaError as error:
+                    log.error("image %s: %d dirty bytes could not be committed: %s", image.name, image.dirty_bytes, error)
+                    failed = failed or error
+        try:
+            await self._flush_hints()
+        except NovaError as error:
+            log.warning("sizes in the catalog lag behind: %s", error)
+        if failed is not None:
+            raise failed
+
+    # -- the namespace ------------------------------------------------------------------------------------------
+
+    def _check_writable(self) -> None:
+        if self.read_only:
+            raise ReadOnlyError(f"{self.client.store.url}: opened read-only")
+
+    async def create(
+        self,
+        parent_id: bytes,
+        name: str,
+        *,
+        mode: int = 0o644,
+        uid: int = 0,
+        gid: int = 0,
+        generation: Generation | None = None,
+        replace: bool = False,
+    ) -> Entry:
+        """A new image, empty or with the content of `generation` (whose packs are stored). Raises what `Catalog.create` raises."""
+        self._check_writable()
+        check_name(name)
+        if not replace:  # before an object is made for nothing; the commit looks again
+            try:
+                await self.catalog.lookup(parent_id, name)
+            except NotFoundError:
+                pass
+            else:
+                raise ExistsError(f"{name}: exists already")
+        now = time.time_ns()
+        first = generation or Generation(
+            image_id=secrets.token_bytes(16), counter=0, nonce=new_nonce(), mtime_ns=now, ctime_ns=now, committed_ns=now
+        )
+        self._remember_head(await generation_chain(self.client, first.image_id).commit(None, first))
+        entry = Entry(
+            name, first.image_id, Kind.IMAGE, mode, uid, gid, now, first.mtime_ns, now, first.size, first.stored_bytes, parent_id=parent_id
+        )
+        return await self.catalog.create(entry, replace=replace)
+
+    async def mkdir(self, parent_id: bytes, name: str, *, mode: int = 0o755, uid: int = 0, gid: int = 0) -> Entry:
+        """A new directory. Raises what `Catalog.create` raises."""
+        self._check_writable()
+        now = time.time_ns()
+        return await self.catalog.create(
+            Entry(name, secrets.token_bytes(16), Kind.DIRECTORY, mode, uid, gid, now, now, now, parent_id=parent_id)
+        )
+
+    async def unlink(self, parent_id: bytes, name: str) -> Entry:
+        """Remove an image's name; handles that are open go on. Raises what `Catalog.remove` raises."""
+        self._check_writable()
+        entry = await self.catalog.remove(parent_id, name, directory=False)
+        self._note_unlinked(entry)
+        return entry
+
+    async def rmdir(self, parent_id: bytes, name: str) -> Entry:
+        """Remove an empty directory. Raises what `Catalog.remove` raises."""
+        self._check_writable()
+        return await self.catalog.remove(parent_id, name, directory=True)
+
+    async def rename(self, parent_id: bytes, name: str, new_parent_id: bytes, new_name: str, *, replace: bool = True) -> Entry | None:
+        """Move a name, atomically; the entry it replaced. Raises what `Catalog.rename` raises."""
+        self._check_writable()
+        replaced = await self.catalog.rename(parent_id, name, new_parent_id, new_name, replace=replace)
+        if replaced is not None:
+            self._note_unlinked(replaced)
+        return replaced
+
+    def _note_unlinked(self, entry: Entry) -> None:
+        self._hints.pop(entry.node_id, None)
+        self._heads.pop(entry.node_id, None)
+        if entry.node_id in self._images:
+            self._unlinked.add(entry.node_id)
+
+    async def set_attributes(
+        self,
+        node_id: bytes,
+        *,
+        mode: int | None = None,
+        uid: int | None = None,
+        gid: int | None = None,
+        atime_ns: int | None = None,
+        mtime_ns: int | None = None,
+    ) -> Entry:
+        """Change mode (permission bits), owner or times. Raises NotFoundError, ReadOnlyError."""
+        self._check_writable()
+        if mtime_ns is not None and (await self.catalog.get(node_id)).kind is Kind.IMAGE:
+            image = await self.open_image(node_id)
+            try:
+                image.set_mtime(mtime_ns)
+            finally:
+                await self.close_image(image)
+        changes: dict[str, object] = {
+            name: value
+            for name, value in (("mode", mode), ("uid", uid), ("gid", gid), ("atime_ns", atime_ns), ("mtime_ns", mtime_ns))
+            if value is not None
+        }
+
+        def edit(entry: Entry) -> Entry:
+            return msgspec.structs.replace(entry, ctime_ns=time.time_ns(), **changes)
+
+        return await self.catalog.update(node_id, edit)
+
+    async def set_xattr(self, node_id: bytes, name: str, value: bytes, *, create: bool = False, replace: bool = False) -> None:
+        """Set an extended attribute. Raises ExistsError (`create`), NoAttributeError (`replace`), TooLargeError."""
+        self._check_writable()
+        if not name or "\0" in name or len(name.encode()) > XATTR_NAME_BYTES_MAX:
+            raise InvalidNameError(f"attribute name {name[:80]!a}: must have 1 to {XATTR_NAME_BYTES_MAX} bytes, none of them NUL")
+
+        def edit(entry: Entry) -> Entry:
+            if create and name in entry.xattrs:
+                raise ExistsError(f"{entry.name}: has an attribute {name} already")
+            if replace and name not in entry.xattrs:
+                raise NoAttributeError(f"{entry.name}: has no attribute {name}")
+            xattrs = {**entry.xattrs, name: bytes(value)}
+            if sum(len(k) + len(v) for k, v in xattrs.items()) > XATTR_BYTES_MAX:
+                raise TooLargeError(f"{entry.name}: its attributes would take more than {XATTR_BYTES_MAX} bytes")
+            return msgspec.structs.replace(entry, xattrs=xattrs, ctime_ns=time.time_ns())
+
+        await self.catalog.update(node_id, edit)
+
+    async def remove_xattr(self, node_id: bytes, name: str) -> None:
+        """Remove an extended attribute. Raises NoAttributeError."""
+        self._check_writable()
+
+        def edit(entry: Entry) -> Entry:
+            if name not in entry.xattrs:
+                raise NoAttributeError(f"{entry.name}: has no attribute {name}")
+            return msgspec.structs.replace(entry, xattrs={k: v for k, v in entry.xattrs.items() if k != name}, ctime_ns=time.time_ns())
+
+        await self.catalog.update(node_id, edit)
+
+    # -- images -------------------------------------------------------------------------------------------------
+
+    async def open_image(self, node_id: bytes) -> Image:
+        """The image, with one more handle; it sees the newest generation. Raises NotFoundError, IsADirectoryError_, StaleError."""
+        image = self._images.get(node_id)
+        if image is None:
+            entry = await self.catalog.get(node_id)
+            if entry.kind is Kind.DIRECTORY:
+                raise IsADirectoryError_(f"{self.catalog.path_of(entry)}: is a directory")
+            chain = generation_chain(self.client, node_id)
+            head = await chain.head(self._heads.get(node_id))
+            if head is None:
+                raise NotFoundError(f"{self.catalog.path_of(entry)}: the image has no generation in the store; run 'novafs fsck'")
+            image = self._images.get(node_id)  # another open may have been faster
+            if image is None:
+                image = Image(
+                    node_id=node_id,
+                    name=self.catalog.path_of(entry),
+                    chunk_size=self.chunk_size,
+                    head=head,
+                    chain=chain,
+                    cache=self.cache,
+                    writeback=self,
+                    read_only=self.read_only,
+                )
+                self._images[node_id] = image
+                image.handles += 1
+                return image
+        image.handles += 1
+        try:
+            if not image.dirty and node_id not in self._unlinked:
+                await image.refresh()
+        except BaseException:
+            image.handles -= 1
+            self._forget_idle(image)
+            raise
+        return image
+
+    async def close_image(self, image: Image) -> None:
+        """Give a handle back; the last one commits. After an error the image stays, and its dirty data with it."""
+        try:
+            if image.handles == 1 and image.dirty and image.node_id not in self._unlinked:
+                await image.commit()
+        finally:
+            image.handles -= 1
+            self._note_hint(image)
+            self._forget_idle(image)
+
+    def _forget_idle(self, image: Image) -> None:
+        unlinked = image.node_id in self._unlinked
+        if image.handles or (image.dirty and not unlinked):
+            return
+        self._images.pop(image.node_id, None)
+        self._unlinked.discard(image.node_id)
+        self._dirty_bytes -= image.dirty_bytes
+        if not unlinked:
+            self._remember_head(Head(image.head, boot_time_s() - ATTRIBUTES_AGE_S / 2))
+
+    def image(self, node_id: bytes) -> Image | None:
+        """The open image of a node, if any; no handle is counted."""
+        return self._images.get(node_id)
+
+    def _remember_head(self, head: Head[Generation]) -> None:
+        self._heads[head.record.image_id] = head
+        self._heads.move_to_end(head.record.image_id)
+        while len(self._heads) > HEADS_MAX:
+            self._heads.popitem(last=False)
+
+    async def attributes(self, entry: Entry, *, hint: bool = False) -> Attributes:
+        """Size and times. `hint`: what the catalog says will do (listings). Raises NotFoundError, StoreUnavailableError."""
+        if entry.kind is Kind.DIRECTORY:
+            return Attributes(4096, 0, entry.atime_ns, entry.mtime_ns, entry.ctime_ns, -1)
+        image = self._images.get(entry.node_id)
+        if image is not None:
+            return Attributes(
+                image.size, image.stored_bytes, entry.atime_ns, image.mtime_ns, max(image.ctime_ns, entry.ctime_ns), image.generation
+            )
+        if hint:
+            known = self._hints.get(entry.node_id)
+            if known is not None:
+                return known
+            return Attributes(entry.size, entry.stored_bytes, entry.atime_ns, entry.mtime_ns, entry.ctime_ns, -1)
+        head = self._heads.get(entry.node_id)
+        if head is None or boot_time_s() - head.read_s > ATTRIBUTES_AGE_S:
+            head = await generation_chain(self.client, entry.node_id).head(head)
+            if head is None:
+                raise NotFoundError(f"{self.catalog.path_of(entry)}: the image has no generation in the store; run 'novafs fsck'")
+            self._remember_head(head)
+        record = head.record
+        return Attributes(
+            record.size, record.stored_bytes, entry.atime_ns, record.mtime_ns, max(record.ctime_ns, entry.ctime_ns), record.counter
+        )
+
+    # -- hints and figures --------------------------------------------------------------------------------------
+
+    def _note_hint(self, image: Image) -> None:
+        if self.read_only or image.node_id in self._unlinked:
+            return
+        head = image.head
+        self._hints[image.node_id] = Attributes(head.size, head.stored_bytes, head.mtime_ns, head.mtime_ns, head.ctime_ns, head.counter)
+
+    async def _flush_hints(self) -> None:
+        """Bring sizes and times in the catalog up to date, all in one commit."""
+        if not self._hints:
+            return
+        hints, self._hints = self._hints, {}
+
+        async def operation(changes: Any) -> None:
+            for node_id, hint in hints.items():
+                try:
+                    entry = await changes.get(node_id)
+                except NotFoundError:
+                    continue
+                edited = msgspec.structs.replace(
+                    entry,
+                    size=hint.size,
+                    stored_bytes=hint.stored_bytes,
+                    mtime_ns=hint.mtime_ns,
+                    ctime_ns=max(hint.ctime_ns, entry.ctime_ns),
+                )
+                if edited != entry:
+                    changes.set(edited)
+
+        await self.catalog.change(operation)
+
+    async def usage(self) -> VolumeUsage:
+        """Capacity and use of the volume; at most USAGE_AGE_S old, from one listing of the packs."""
+        async with self._usage_lock:
+            if self._usage is None or trio.current_time() - self._usage[0] > USAGE_AGE_S:
+                infos = await self.client.list(pack.PREFIX)
+                self._usage = (trio.current_time(), sum(info.size for info in infos))
+        used = self._usage[1]
+        room = await self.client.usage()
+        free = math.inf if room.free_bytes is None else room.free_bytes
+        capacity = int(min(self.config.l3.capacity_bytes, used + free))
+        return VolumeUsage(max(capacity, used), used, len(self._images))
+
+    def statistics(self) -> dict[str, Any]:
+        """A JSON-able document of what this process has done: the control socket's and `novafs stats`'s answer."""
+        return {
+            "volume": {
+                "url": self.client.store.url,
+                "id": self.superblock.volume_id,
+                "chunk_size": self.chunk_size,
+                "read_only": self.read_only,
+            },
+            "catalog_revision": self.catalog.revision,
+            "images_open": len(self._images),
+            "dirty_bytes": self._dirty_bytes,
+            "map_bytes": sum(image.map_bytes for image in self._images.values()),
+            "cache": asdict(self.cache.statistics()),
+            "store": asdict(self.client.statistics()),
+        }
