@@ -25,8 +25,8 @@ from novafs.chunk import Reference
 from novafs.errors import (
     ExistsError,
     InvalidNameError,
-    IsADirectoryError_,
-    NotADirectoryError_,
+    IsDirectoryError,
+    NotDirectoryError,
     NotEmptyError,
     NotFoundError,
     NovaError,
@@ -135,7 +135,7 @@ class Catalog:
     # -- looking ------------------------------------------------------------------------------------------------
 
     async def lookup(self, parent_id: bytes, name: str, *, max_age_s: float = REFRESH_S) -> Entry:
-        """The entry of a name. Raises NotFoundError, NotADirectoryError_."""
+        """The entry of a name. Raises NotFoundError, NotDirectoryError."""
         await self.refresh(max_age_s)
         entry = (await self._directory(parent_id)).entries.get(name)
         if entry is None:
@@ -149,7 +149,7 @@ class Catalog:
         entry = self.root
         for name in split_path(path):
             if entry.kind is not Kind.DIRECTORY:
-                raise NotADirectoryError_(f"{path}: {self.path_of(entry)} is an image, not a directory")
+                raise NotDirectoryError(f"{path}: {self.path_of(entry)} is an image, not a directory")
             found = (await self._directory(entry.node_id)).entries.get(name)
             if found is None:
                 raise NotFoundError(f"{path}: no such image or directory; 'novafs ls' shows what is there")
@@ -173,7 +173,7 @@ class Catalog:
         raise NotFoundError(f"node {node_id.hex()}: removed, or moved by another host")
 
     async def list(self, node_id: bytes, *, max_age_s: float = REFRESH_S) -> list[Entry]:
-        """A directory's entries, sorted by name. Raises NotFoundError, NotADirectoryError_."""
+        """A directory's entries, sorted by name. Raises NotFoundError, NotDirectoryError."""
         await self.refresh(max_age_s)
         entries = (await self._directory(node_id)).entries
         return [entries[name] for name in sorted(entries)]
@@ -201,7 +201,7 @@ class Catalog:
     async def _directory(self, node_id: bytes) -> _Directory:
         entry = await self.get(node_id)
         if entry.kind is not Kind.DIRECTORY:
-            raise NotADirectoryError_(f"{self.path_of(entry)}: is an image, not a directory")
+            raise NotDirectoryError(f"{self.path_of(entry)}: is an image, not a directory")
         known = self._directories.get(node_id)
         if known is not None and (known.content is entry.content or known.content == entry.content):
             return known
@@ -283,7 +283,7 @@ class Catalog:
     async def create(self, entry: Entry, *, replace: bool = False) -> Entry:
         """Add `entry` to its parent, or put it in an image's place where `replace`.
 
-        Raises ExistsError, NotFoundError, NotADirectoryError_, IsADirectoryError_, InvalidNameError.
+        Raises ExistsError, NotFoundError, NotDirectoryError, IsDirectoryError, InvalidNameError.
         """
         check_name(entry.name)
 
@@ -293,7 +293,7 @@ class Catalog:
             if old is not None and not replace:
                 raise ExistsError(f"{where}: exists already")
             if old is not None and old.kind is Kind.DIRECTORY:
-                raise IsADirectoryError_(f"{where}: is a directory, and can not be replaced by an image")
+                raise IsDirectoryError(f"{where}: is a directory, and can not be replaced by an image")
             parent = await changes.get(entry.parent_id)
             if old is not None:
                 changes.unset(old)
@@ -305,7 +305,7 @@ class Catalog:
         return found
 
     async def remove(self, parent_id: bytes, name: str, *, directory: bool) -> Entry:
-        """Take a name away; the entry it had. Raises NotFoundError, IsADirectoryError_, NotADirectoryError_, NotEmptyError."""
+        """Take a name away; the entry it had. Raises NotFoundError, IsDirectoryError, NotDirectoryError, NotEmptyError."""
 
         async def operation(changes: Changes) -> Entry:
             entry = (await changes.entries(parent_id)).get(name)
@@ -314,11 +314,11 @@ class Catalog:
                 raise NotFoundError(f"{where}: no such image or directory")
             if directory:
                 if entry.kind is not Kind.DIRECTORY:
-                    raise NotADirectoryError_(f"{where}: is an image")
+                    raise NotDirectoryError(f"{where}: is an image")
                 if await changes.entries(entry.node_id):
                     raise NotEmptyError(f"{where}: the directory is not empty")
             elif entry.kind is Kind.DIRECTORY:
-                raise IsADirectoryError_(f"{where}: is a directory")
+                raise IsDirectoryError(f"{where}: is a directory")
             parent = await changes.get(parent_id)
             changes.unset(entry)
             changes.touch(parent)
@@ -330,7 +330,7 @@ class Catalog:
     async def rename(self, parent_id: bytes, name: str, new_parent_id: bytes, new_name: str, *, replace: bool = True) -> Entry | None:
         """Move a name, atomically; the entry that it replaced, if any.
 
-        Raises NotFoundError, ExistsError (not `replace`), NotEmptyError, IsADirectoryError_, NotADirectoryError_,
+        Raises NotFoundError, ExistsError (not `replace`), NotEmptyError, IsDirectoryError, NotDirectoryError,
         InvalidNameError (a directory into itself).
         """
         check_name(new_name)
@@ -348,11 +348,11 @@ class Catalog:
                     return None
                 if target.kind is Kind.DIRECTORY:
                     if entry.kind is not Kind.DIRECTORY:
-                        raise IsADirectoryError_(f"{where}: is a directory, and can not be replaced by an image")
+                        raise IsDirectoryError(f"{where}: is a directory, and can not be replaced by an image")
                     if await changes.entries(target.node_id):
                         raise NotEmptyError(f"{where}: the directory is not empty")
                 elif entry.kind is Kind.DIRECTORY:
-                    raise NotADirectoryError_(f"{where}: is an image, and can not be replaced by a directory")
+                    raise NotDirectoryError(f"{where}: is an image, and can not be replaced by a directory")
             if entry.kind is Kind.DIRECTORY and await changes.is_below(new_parent_id, entry.node_id):
                 raise InvalidNameError(f"{where}: a directory can not be moved into itself")
             parents = [await changes.get(parent_id), await changes.get(new_parent_id)]
@@ -446,10 +446,10 @@ class Changes:
         return self._entries.get(entry.parent_id, {}).get(entry.name, entry)
 
     async def entries(self, node_id: bytes) -> dict[str, Entry]:
-        """A directory's entries by name; not to be changed. Raises NotFoundError, NotADirectoryError_."""
+        """A directory's entries by name; not to be changed. Raises NotFoundError, NotDirectoryError."""
         entry = await self.get(node_id)
         if entry.kind is not Kind.DIRECTORY:
-            raise NotADirectoryError_(f"{entry.name}: is an image, not a directory")
+            raise NotDirectoryError(f"{entry.name}: is an image, not a directory")
         if node_id in self._entries:
             return self._entries[node_id]
         if node_id not in self._loaded:

@@ -74,6 +74,23 @@ class StoreConfig:
     io_timeout_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class WritebackConfig:
+    """When written data is committed."""
+
+    dirty_max_bytes: int
+    interval_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseConfig:
+    """The right to write an image, between hosts."""
+
+    ttl_s: float
+    wait_s: float
+    takeover: str
+
+
 class Setting(NamedTuple):
     """One row of `Config.describe()`: key, value for people (redacted), and where it comes from."""
 
@@ -99,6 +116,8 @@ class Config:
     l2: L2Config
     l3: L3Config
     store: StoreConfig
+    writeback: WritebackConfig
+    lease: LeaseConfig
     config_file: Path | None = None
     origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
@@ -366,6 +385,8 @@ def _build(values: Mapping[str, Any], **rest: Any) -> Config:
         l2=L2Config(**parts["l2"]),
         l3=L3Config(**parts["l3"]),
         store=StoreConfig(**parts["store"]),
+        writeback=WritebackConfig(**parts["writeback"]),
+        lease=LeaseConfig(**parts["lease"]),
         **rest,
     )
 

@@ -36,6 +36,8 @@ Each key can be set in several places. The first of these that has it wins:
 4. the preset: of the same three places, else what `novafs init --preset` noted for this volume on this host
 5. the default
 
+`novafs info VOLUME --settings` shows the value of every key and where it comes from.
+
 A key that does not exist, a value that is none, or one out of range stops the command with exit status 2 and a
 line that names the place, the key, what was found and what is allowed.
 

@@ -385,8 +385,8 @@ KEYS: Final = (
     ),
     Key(
         "durability", "durability", Choice(("journal", "store")), "journal",
-        "What fsync waits for: `journal` = the data survives the loss of power of this host, `store` = a generation that holds it is "
-        "committed in L3. This version has no journal yet and commits to L3 under both.",
+        "What fsync waits for: `journal` = the data is in the journal of this host and survives its crash or a power cut, `store` = a "
+        "generation that holds it is committed in L3 and survives the loss of this host.",
         "When fsync returns.", flag=True,
     ),
     Key(
@@ -457,6 +457,32 @@ KEYS: Final = (
         "store.io_timeout", "store.io_timeout_s", Duration(minimum=1, maximum=3600), "30s",
         "How long a failing request is tried again before the caller gets an error.",
         "Reads and commits while the store is slow or away.",
+    ),
+    Key(
+        "writeback.dirty_max", "writeback.dirty_max_bytes", Size(minimum=4 * MIB), "256MiB",
+        "Bytes of memory that written data may take before it is committed; at the cap, writers wait.",
+        "Data at risk when the host is lost, and how long the store may be away before writers wait.",
+    ),
+    Key(
+        "writeback.interval", "writeback.interval_s", Duration(minimum=0.05, maximum=3600), "5s",
+        "How old written data gets before it is committed to L3 in the background.",
+        "Data at risk when the host is lost; how many generations and packs a busy image makes.",
+    ),
+    Key(
+        "lease.ttl", "lease.ttl_s", Duration(minimum=1, maximum=3600), "30s",
+        "How long a heartbeat of a lease counts; one is sent in every third of it.",
+        "When another host may take a lease over by itself.",
+    ),
+    Key(
+        "lease.wait", "lease.wait_s", Duration(minimum=0, maximum=3600), "5s",
+        "How long the first write to an image waits for another host to give its lease up, before it fails with EROFS.",
+        "Writes to an image that another host writes.",
+    ),
+    Key(
+        "lease.takeover", "lease.takeover", Choice(("manual", "auto")), "manual",
+        "Whether other hosts may take this host's leases over once its heartbeat stops although `durability` is `journal`. Under "
+        "`auto` this host acknowledges nothing while it cannot reach the store.",
+        "What happens to an image when its host dies.",
     ),
 )  # fmt: skip
 

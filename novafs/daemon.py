@@ -48,13 +48,15 @@ def background(work: Callable[[Callable[[], None], Report], int], *, log: Path) 
     reader, writer = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
+    # An interruption must find the daemon's number known, or nobody could end the daemon: it waits until then.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     child = os.fork()
     if child == 0:
-        _first_child(work, reader, writer, log_fd)
+        _first_child(work, reader, writer, log_fd, mask)
     os.close(writer)
     os.close(log_fd)
     os.waitpid(child, 0)
-    return _wait(reader, log)
+    return _wait(reader, log, mask)
 
 
 def _open_log(log: Path) -> int:
@@ -66,12 +68,15 @@ def _open_log(log: Path) -> int:
         raise AccessDeniedError(f"cannot write the log {log}: {error.strerror}") from error
 
 
-def _first_child(work: Callable[[Callable[[], None], Report], int], reader: int, writer: int, log_fd: int) -> NoReturn:
+def _first_child(
+    work: Callable[[Callable[[], None], Report], int], reader: int, writer: int, log_fd: int, mask: set[int | signal.Signals]
+) -> NoReturn:
     """Leave the terminal's session, fork again so that no terminal can be taken by accident, and go."""
     status = 70
     try:
         os.close(reader)
         os.setsid()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         status = _daemon(work, writer, log_fd) if os.fork() == 0 else 0
     finally:
         # Not sys.exit: neither the caller's exit handlers nor its buffers belong to this process.
@@ -128,21 +133,18 @@ def _finish_like_an_interpreter() -> None:
             stream.flush()
 
 
-def _wait(reader: int, log: Path) -> Started:
-    received = b""
-    pid = 0
-    try:
-        with open(reader, "rb", buffering=0) as pipe:  # a descriptor, not a path
-            while part := pipe.read(65536):
-                received += part
-                if pid == 0 and b"\n" in received:
-                    pid = int(json.loads(received.partition(b"\n")[0])["pid"])
-    except KeyboardInterrupt:
-        if pid:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
-        raise
-    _, _, rest = received.partition(b"\n")
+def _wait(reader: int, log: Path, mask: set[int | signal.Signals]) -> Started:
+    with open(reader, "rb") as pipe:  # a descriptor, not a path
+        first = pipe.readline()
+        pid = int(json.loads(first)["pid"]) if first.endswith(b"\n") else 0
+        try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            rest = pipe.read()
+        except KeyboardInterrupt:
+            if pid:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGTERM)
+            raise
     if not rest:
         return Started(pid, 1, f"the daemon ended before it was ready; see the end of {log}")
     told = json.loads(rest)

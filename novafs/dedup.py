@@ -119,13 +119,13 @@ class DedupIndex:
             finally:
                 self._connection.execute("COMMIT")
             self._inserted += len(rows)
-            if self._inserted > self._chunks_max:
+            while self._inserted > self._chunks_max:
                 self._evict()
 
     def _evict(self) -> None:
         # Ids are uniform, so a sixteenth of the key space is a sixteenth of the rows; the next time takes the next one.
-        low, high = bytes([self._evict_at]), bytes([min(self._evict_at + 16, 255)])
-        self._connection.execute("DELETE FROM chunk WHERE id >= ? AND id < ?", (low, high))
+        low, high = bytes([self._evict_at]), bytes([self._evict_at + 15]) + b"\xff" * 32
+        self._connection.execute("DELETE FROM chunk WHERE id >= ? AND id <= ?", (low, high))
         self._connection.execute("DELETE FROM pack")
         self._evict_at = (self._evict_at + 16) % 256
         self._inserted = self._connection.execute("SELECT count(*) FROM chunk").fetchone()[0]
@@ -145,10 +145,10 @@ class DedupIndex:
         return [p for p in pack_ids if p not in known]
 
     def __len__(self) -> int:
-        count = 0
+        found = [(0,)]
         with self._guard():
-            count = int(self._connection.execute("SELECT count(*) FROM chunk").fetchone()[0])
-        return count
+            found = self._connection.execute("SELECT count(*) FROM chunk").fetchall()
+        return int(found[0][0])
 
     def close(self) -> None:
         """Close the file."""

@@ -15,13 +15,14 @@ import os
 import re
 import shutil
 import stat
+import struct
 import subprocess
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import trio
 
@@ -30,6 +31,8 @@ from novafs.rawprobe import HEAD_BYTES, claimed_size, foreign_format
 
 SECTOR: Final = 512
 RAW: Final = "raw"
+
+_VMDK_COMPRESSED: Final = 1 << 16
 
 _CHECK_CORRUPT: Final = (1, 2)
 """Exit statuses of `qemu-img check`: 1 could not check, 2 corrupt, 3 only leaks, 63 the format has no check."""
@@ -58,6 +61,8 @@ def probe(source: str, *, format: str | None = None, follow: bool = False) -> Di
     format: of qemu-img, None to find out; "raw" takes the bytes as they are without a further question. follow: read
     other files that the source names. Raises SourceError, UnsupportedError.
     """
+    if "\0" in source:
+        raise SourceError(f"{source!r}: no path has a NUL character in it")
     path = Path(os.path.abspath(source))  # noqa: PTH100  # links are kept: messages show what the user wrote
     size = _readable_size(source, path)
     if format == RAW:
@@ -70,6 +75,8 @@ def probe(source: str, *, format: str | None = None, follow: bool = False) -> Di
     if not follow:
         _refuse_others(source, path, info)
     _check_whole(source, path, size, info)
+    if follow:
+        _check_backing(source, path, found)
     return DiskImage(path, found, int(info["virtual-size"]))
 
 
@@ -142,10 +149,17 @@ def _check_whole(source: str, path: Path, size: int, info: dict[str, Any]) -> No
         first = next((line for line in checked.stderr.splitlines() if line.strip()), "")
         if "does not support checks" not in checked.stderr:
             raise SourceError(f"{source} is damaged or cut short (qemu-img check: {first.removeprefix('qemu-img: ') or 'errors found'})")
+    if kind == "vhdx" and size % SECTOR:  # qemu-img rounds the file's size up to sectors before it compares
+        raise SourceError(f"{source} is cut short: it has {size} bytes, and a VHDX is a whole number of sectors")
     extents = info.get("format-specific", {}).get("data", {}).get("extents", [])
     for extent in extents:
-        if extent.get("format") == "FLAT" and (have := _size_of(str(extent["filename"]))) < int(extent["virtual-size"]):
-            raise SourceError(f"{source} is cut short: its extent {extent['filename']} has {have} of {extent['virtual-size']} bytes")
+        name, needed = str(extent["filename"]), 0
+        if extent.get("format") == "FLAT":
+            needed = int(extent["virtual-size"])
+        elif extent.get("format") == "SPARSE":
+            needed = _sparse_extent_end(name)
+        if (have := _size_of(name)) < needed:
+            raise SourceError(f"{source} is cut short: its extent {name} has {have} of {needed} bytes")
     if len(extents) > 1 or (extents and extents[0].get("format") in ("FLAT", "SPARSE")):
         return  # the places that map gives are in files that it does not name
     mapped = _run("map", "--output=json", "-f", kind, "--", str(path))
@@ -163,6 +177,45 @@ def _size_of(name: str) -> int:
             return file.seek(0, os.SEEK_END)
     except OSError:
         return 0
+
+
+def _check_backing(source: str, path: Path, kind: str) -> None:
+    """Check the files behind the first one of a chain, each as if it were imported itself."""
+    listed = _run("info", "--output=json", "--backing-chain", "-f", kind, "--", str(path))
+    if listed.returncode != 0:
+        raise SourceError(f"{source} is no readable disk image: {_said(listed)}")
+    for info in json.loads(listed.stdout)[1:]:
+        behind = Path(info["filename"])
+        if info["format"] != RAW:
+            _check_whole(f"{source}: its backing file {behind}", behind, _size_of(str(behind)), info)
+
+
+def _sparse_extent_end(name: str) -> int:
+    """Where the last grain in a sparse VMDK extent ends (VMware, Virtual Disk Format 5.0, "Hosted Sparse Extents").
+
+    `qemu-img check` sees only that a grain begins behind the end of the file. 0 where there is nothing to compare:
+    compressed grains do not decompress when they are cut.
+    """
+    with open(name, "rb") as file:  # noqa: PTH123  # named by the descriptor
+        header = file.read(SECTOR)
+        magic, _, flags, capacity, grain, _, _, per_table, _, directory_at = struct.unpack_from("<4sIIQQQQIQQ", header.ljust(SECTOR, b"\0"))
+        if magic != b"KDMV" or flags & _VMDK_COMPRESSED or not grain or not per_table or capacity > 1 << 40:
+            return 0
+        grains = -(-capacity // grain)
+        tables = _read_words(file, directory_at, -(-grains // per_table))
+        end = 0
+        for number, table_at in enumerate(tables):
+            places = _read_words(file, table_at, min(per_table, grains - number * per_table)) if table_at else ()
+            for index, place in enumerate(places, start=number * per_table):
+                if place > 1:  # 0: a hole, 1: zeros
+                    end = max(end, place + min(grain, capacity - index * grain))
+    return end * SECTOR
+
+
+def _read_words(file: BinaryIO, sector: int, count: int) -> tuple[int, ...]:
+    file.seek(sector * SECTOR)
+    found = file.read(4 * count)
+    return struct.unpack(f"<{len(found) // 4}I", found[: len(found) // 4 * 4])
 
 
 def _check_raw(source: str, path: Path, size: int) -> None:

@@ -51,6 +51,18 @@ class FileOps:
         """Write at the descriptor's position; how many bytes were taken."""
         return os.write(fd, data)
 
+    def open_rw(self, path: Path) -> int:
+        """An existing file, open for reading and writing; its descriptor. FileNotFoundError where there is none."""
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+
+    def pwritev(self, fd: int, views: list[memoryview], offset: int) -> int:
+        """Write the views, one after the other, at `offset`; how many bytes were taken."""
+        return os.pwritev(fd, views, offset)
+
+    def fdatasync(self, fd: int) -> None:
+        """Content of a file, and its size where that grew, are on the device when it returns."""
+        os.fdatasync(fd)
+
     def fsync(self, fd: int) -> None:
         """Content and size of a file are on the device when it returns."""
         os.fsync(fd)
@@ -249,9 +261,12 @@ class _Temp:
                 self._ops.unlink(self.path)
 
     def _close(self) -> None:
-        self.remove()
-        if self.fd >= 0:
-            fd, self.fd = self.fd, -1
-            # Errors of close are nothing new: the fsync before it would have had them.
-            with contextlib.suppress(OSError):
-                self._ops.close(fd)
+        try:
+            self.remove()
+        finally:
+            # Closed whatever the removal says: the descriptor holds the lock.
+            if self.fd >= 0:
+                fd, self.fd = self.fd, -1
+                # Errors of close are nothing new: the fsync before it would have had them.
+                with contextlib.suppress(OSError):
+                    self._ops.close(fd)

@@ -10,8 +10,9 @@ The engine raises these and nothing else on purpose; it knows no errno. The moun
     │   ├── NotFoundError         no such image, directory, attribute or snapshot
     │   │   └── NoAttributeError
     │   ├── ExistsError           the name is taken
-    │   ├── NotADirectoryError_ / IsADirectoryError_ / NotEmptyError
+    │   ├── NotDirectoryError / IsDirectoryError / NotEmptyError
     │   ├── ReadOnlyError         the volume, mount, snapshot or image can not be written now
+    │   │   └── LeaseHeldError    another host holds the right to write the image
     │   ├── TooLargeError         beyond what a format or a limit can hold
     │   ├── BusyError             the thing is in use (a mount point, a state directory, an image)
     │   ├── AccessDeniedError     not allowed: permissions, credentials
@@ -29,6 +30,7 @@ The engine raises these and nothing else on purpose; it knows no errno. The moun
     │   ├── ObjectNotFoundError   the store has no object of that name
     │   └── ObjectExistsError     a create-only write found the name taken
     ├── StaleError                what a handle has been reading or holding was replaced by another host
+    ├── LeaseLostError            the right to write went to another host; what was written since is kept aside
     ├── CorruptionError           bytes that do not match their checksum or identity
     │   ├── FrameCorruptError     a frame whose content is not its chunk id
     │   └── ObjectCorruptError    an object that does not parse or fails its checksum
@@ -68,11 +70,11 @@ class ExistsError(UserError):
     """The name is taken."""
 
 
-class NotADirectoryError_(UserError):
+class NotDirectoryError(UserError):
     """A directory was expected."""
 
 
-class IsADirectoryError_(UserError):
+class IsDirectoryError(UserError):
     """An image was expected, a directory found."""
 
 
@@ -82,6 +84,10 @@ class NotEmptyError(UserError):
 
 class ReadOnlyError(UserError):
     """The volume, mount, snapshot or image can not be written now."""
+
+
+class LeaseHeldError(ReadOnlyError):
+    """Another host holds the right to write the image, and did not give it up."""
 
 
 class TooLargeError(UserError):
@@ -158,6 +164,10 @@ class ObjectExistsError(PermanentError):
 
 class StaleError(NovaError):
     """What a handle has been reading or holding was replaced by another host."""
+
+
+class LeaseLostError(NovaError):
+    """The right to write the image went to another host; what was written since is kept aside."""
 
 
 class CorruptionError(NovaError):

@@ -1,12 +1,14 @@
-"""One open image: read, write, resize, commit.
+"""One open image: read, write, resize, fsync, commit.
 
 What a reader sees at a byte is the newest dirty layer that has it (`novafs.dirty`), else the committed map. A write
-goes into the newest layer and waits for nothing but the cap on dirty data. A commit freezes the layers in one step
-(so every generation is a point in time), stores what they change, creates the next generation (THE COMMIT POINT) and
-only then forgets them; after an error they are all still there, and the next commit takes them again.
+takes the lease if it is the first (`novafs.lease`), then goes into the newest layer and waits for nothing but the cap
+on dirty data. `fsync` makes what was written durable in the journal. A commit freezes the layers in one step (so every
+generation is a point in time), stores what they change, creates the next generation (THE COMMIT POINT) and only then
+forgets them and trims the journal; after an error they are all still there, and the next commit takes them again.
 
-Always holds: `_state`, the map, equals the generation `_head`. All of it is touched on the trio thread alone, and what
-a read needs of it is taken in one step between two checkpoints.
+Always holds: `_state`, the map, equals the generation `_head`. What is dirty was written under `_lease`, and each write
+has a sequence number of the journal; those that neither the journal nor a generation has are in `_pending`, in order.
+All of it is touched on the trio thread alone, and what a read needs of it is taken in one step between two checkpoints.
 """
 
 from __future__ import annotations
@@ -26,11 +28,14 @@ from novafs import dirty
 from novafs.cache.tiered import ChunkCache
 from novafs.chunk import HOLE_BYTES, ChunkIndex, Reference
 from novafs.dirty import Layer
-from novafs.errors import FrameCorruptError, ReadOnlyError, StaleError, TooLargeError
+from novafs.errors import FrameCorruptError, LeaseLostError, NovaError, ReadOnlyError, RetryableError, StaleError, TooLargeError
 from novafs.generation import Generation
 from novafs.imagemap import FANOUT, LEVELS_MAX, TOP_MAX, MapState
+from novafs.journal import Journal
+from novafs.journalfile import Record, RecordKind
+from novafs.lease import Lease
 from novafs.packwriter import PackWriter
-from novafs.revisions import Chain, ConflictError, Head
+from novafs.revisions import Chain, ConflictError, Head, new_nonce
 
 log = logging.getLogger(__name__)
 
@@ -40,17 +45,68 @@ READ_BATCH_MAX: Final = 1 << 20
 
 
 class Writeback(Protocol):
-    """What an image asks of its volume when it writes."""
+    """What an image asks of its volume when it writes. journal: None where the volume is not this process's to write images of."""
+
+    @property
+    def journal(self) -> Journal | None: ...
+
+    @property
+    def durability(self) -> str:
+        """What fsync waits for: "journal" or "store"."""
+        ...
+
+    @property
+    def flush_timeout_s(self) -> float:
+        """How long the close of a handle waits for the store."""
+        ...
 
     def pack_writer(self) -> AbstractAsyncContextManager[PackWriter]: ...
+
+    async def acquire_lease(self, image: Image) -> Lease:
+        """The right to write an image. Raises LeaseHeldError, ReadOnlyError."""
+        ...
+
+    async def release_lease(self, lease: Lease) -> None:
+        """Give it back."""
+        ...
+
+    def commit_soon(self, image: Image) -> CommitTicket:
+        """Start a commit in the background."""
+        ...
+
+    async def set_aside(self, image: Image, records: list[Record], error: NovaError) -> None:
+        """The lease was lost: keep what was written and not committed, and say where."""
+        ...
 
     def account_dirty(self, change: int) -> None:
         """Dirty bytes of an image changed; may start a commit in the background."""
         ...
 
-    async def wait_dirty_room(self) -> None:
-        """Wait until the volume's dirty bytes are below their cap."""
+    async def wait_dirty_room(self) -> bool:
+        """Wait until the volume's dirty bytes are below their cap; whether it took a checkpoint."""
         ...
+
+
+class CommitTicket:
+    """A commit under way in the background."""
+
+    def __init__(self) -> None:
+        self._done = trio.Event()
+        self._error: NovaError | None = None
+
+    async def run(self, image: Image) -> None:
+        """Commit, and keep what it raised."""
+        try:
+            await image.commit()
+        except NovaError as error:
+            self._error = error
+        finally:
+            self._done.set()
+
+    async def outcome(self) -> NovaError | None:
+        """Wait for it; None where it succeeded."""
+        await self._done.wait()
+        return self._error
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +151,20 @@ class Image:
         self._cache = cache
         self._writeback = writeback
         self._commit_lock = trio.Lock()
+        self._lease_lock = trio.Lock()
+        self._journal_lock = trio.Lock()
+        self._lease: Lease | None = None
         self._layers: list[Layer] = [Layer()]
         self._dirty_bytes = 0
+        self._dirty_since_s: float | None = None
+        self._pending: list[Record] = []
+        self._last_sequence = 0
+        self._safe_sequence = 0
+        """Every write up to here is in the journal or in a generation."""
+        self._lost: tuple[int, NovaError] | None = None
+        """Handles opened before this incarnation wrote something that was then set aside: their fsync must fail."""
+        self.incarnation = 0
+        """Counts generations of other hosts that were taken over: a handle that was opened before must not write."""
         self._statistics: ImageStatistics | None = None
         self._adopt(head)
 
@@ -129,8 +197,18 @@ class Image:
 
     @property
     def dirty_bytes(self) -> int:
-        """Memory that dirty chunks take."""
+        """Memory that dirty chunks, and writes that wait for the journal, take."""
         return self._dirty_bytes
+
+    @property
+    def dirty_since_s(self) -> float | None:
+        """Trio time of the oldest write that is in no generation, None where all are."""
+        return self._dirty_since_s if self.dirty else None
+
+    @property
+    def lease(self) -> Lease | None:
+        """The held lease, if this host writes the image."""
+        return self._lease
 
     @property
     def map_bytes(self) -> int:
@@ -254,85 +332,351 @@ class Image:
 
     # -- writing ------------------------------------------------------------------------------------------------
 
-    async def write(self, offset: int, data: bytes | memoryview) -> int:
+    async def write(self, offset: int, data: bytes | memoryview, *, incarnation: int | None = None) -> int:
         """Store bytes, growing the image where they reach past its end; how many (always all).
 
-        Waits only while the volume's dirty data is at its cap. Raises ReadOnlyError, TooLargeError, StaleError.
+        incarnation: what it was when the handle was opened. The first write takes the lease; later ones wait only
+        while the volume's dirty data is at its cap. Raises ReadOnlyError, LeaseHeldError, LeaseLostError, StaleError,
+        TooLargeError.
         """
         if not len(data):
             return 0
-        self._check_writable()
         if offset + len(data) > self.size_max:
             raise TooLargeError(f"{self.name}: a write to byte {offset + len(data)} is beyond the largest image of {self.size_max} bytes")
-        await self._writeback.wait_dirty_room()
-        # No checkpoint from here on: the write is whole, in one layer.
-        taken = self._layers[-1].write(self.chunk_size, offset, data)
-        self.size = max(self.size, offset + len(data))
-        self.touch()
-        self._account(taken)
+        await self._prepare_write(incarnation)
+        # No checkpoint from here on: the write is whole, in one layer, under the lease.
+        self._apply(RecordKind.DATA, offset, bytes(data))
         return len(data)
 
-    async def resize(self, size: int) -> None:
-        """Cut or grow to `size` bytes; what growth adds reads as zeros. Raises ReadOnlyError, TooLargeError."""
-        self._check_writable()
+    async def resize(self, size: int, *, incarnation: int | None = None) -> None:
+        """Cut or grow to `size` bytes; what growth adds reads as zeros. Raises what `write` raises."""
         if size > self.size_max or size < 0:
             raise TooLargeError(f"{self.name}: {size} bytes, the largest image has {self.size_max}")
-        if size < self.size:
-            self._account(-self._layers[-1].truncate(self.chunk_size, size))
-        self.size = size
-        self.touch()
+        if size == self.size and not self.read_only:
+            return
+        await self._prepare_write(incarnation)
+        self._apply(RecordKind.RESIZE, size, b"")
 
-    def set_mtime(self, mtime_ns: int) -> None:
-        """Set the time of the last change to the content; durable with the next commit. Raises ReadOnlyError."""
-        self._check_writable()
-        self.touch()
+    async def set_mtime(self, mtime_ns: int) -> None:
+        """Set the time of the last change to the content; durable with the next commit. Raises what `write` raises."""
+        await self._prepare_write(None)
+        self._touch()
         self.mtime_ns = mtime_ns
 
-    def touch(self) -> None:
-        """Note a change now: both times, and that a commit is due."""
+    async def _prepare_write(self, incarnation: int | None) -> None:
+        """Everything that a write may have to wait for. On return, and up to the next checkpoint, it may be applied."""
+        if self.read_only:
+            raise ReadOnlyError(f"{self.name}: opened on a read-only volume, mount or snapshot")
+        while True:
+            self._check_incarnation(incarnation)
+            if self._lease is None:
+                await self.take_lease()
+                continue
+            self._lease.check()
+            if not await self._writeback.wait_dirty_room():
+                return
+
+    def _check_incarnation(self, incarnation: int | None) -> None:
+        if incarnation is not None and incarnation != self.incarnation:
+            raise StaleError(f"{self.name}: another host wrote the image since this handle was opened; close and reopen it")
+
+    def _apply(self, kind: RecordKind, offset: int, data: bytes, *, record: Record | None = None) -> None:
+        """Put one change into the newest layer and into the queue for the journal. `record`: it comes from there (replay)."""
+        layer, taken = self._layers[-1], 0
+        if kind is RecordKind.RESIZE:
+            if offset < self.size:
+                taken = -layer.truncate(self.chunk_size, offset)
+            self.size = offset
+        else:
+            taken = layer.write(self.chunk_size, offset, data)
+            self.size = max(self.size, offset + len(data))
+        self._touch()
+        journal = self._writeback.journal
+        if record is not None:
+            self._last_sequence = self._safe_sequence = max(self._last_sequence, record.sequence)
+        elif journal is not None and self._lease is not None:
+            self._last_sequence = journal.next_sequence()
+            if self._writeback.durability == "journal":
+                epoch = self._lease.epoch
+                self._pending.append(Record(kind, self.node_id, epoch, self._last_sequence, offset, data, self.mtime_ns))
+                taken += len(data)
+        self._account(taken)
+
+    def _touch(self) -> None:
         self.mtime_ns = self.ctime_ns = time.time_ns()
         self._layers[-1].touched = True
-
-    def _check_writable(self) -> None:
-        if self.read_only:
-            raise ReadOnlyError(f"{self.name}: opened on a read-only volume or mount")
+        if self._dirty_since_s is None:
+            self._dirty_since_s = trio.current_time()
 
     def _account(self, change: int) -> None:
         if change:
             self._dirty_bytes += change
             self._writeback.account_dirty(change)
 
-    async def fsync(self) -> None:
-        """Return when everything written before would survive a crash of the host. Raises what `commit` raises."""
-        await self.commit()
+    # -- the right to write -------------------------------------------------------------------------------------
 
-    async def flush(self) -> None:
-        """A handle is being closed: commit, so that the next open elsewhere sees the data (close-to-open)."""
-        await self.commit()
+    async def take_lease(self, *, replaying: bool = False) -> None:
+        """Take the lease and commit once under it, so that nobody who held it before can commit any more.
+
+        replaying: the journal has writes that the head does not contain; the sequence that the head names stays.
+        Raises LeaseHeldError, StaleError where the head is no longer the generation that was read here.
+        """
+        async with self._lease_lock:
+            if self._lease is not None:
+                return
+            lease = await self._writeback.acquire_lease(self)
+            try:
+                async with self._commit_lock:
+                    await self._fence(lease, replaying)
+            except BaseException:
+                with trio.move_on_after(5, shield=True):
+                    await self._writeback.release_lease(lease)
+                raise
+            self._lease = lease
+
+    async def _fence(self, lease: Lease, replaying: bool) -> None:
+        head = await self._chain.head(self._head)
+        if head is None:
+            raise StaleError(f"{self.name}: the image was removed from the store")
+        if head.record.counter != self.generation:
+            raise StaleError(f"{self.name}: another host wrote the image since it was opened here; close and reopen it")
+        journal = self._writeback.journal
+        sequence = head.record.sequence
+        if journal is not None and not replaying:
+            # Whatever the journal still has of this image is in older generations, perhaps under another host's: never again.
+            sequence = journal.next_sequence()
+        generation = head.record.successor(
+            epoch=lease.epoch,
+            journal_id=journal.journal_id if journal is not None else b"",
+            sequence=sequence,
+            committed_ns=time.time_ns(),
+        )
+        try:
+            self._adopt(await self._chain.commit(head, generation), self._state)
+        except ConflictError as error:
+            raise StaleError(f"{self.name}: another host wrote the image at the same moment; close and reopen it") from error
+        self._last_sequence = self._safe_sequence = max(self._last_sequence, sequence)
+
+    async def replace_content(self, other: Generation) -> None:
+        """Commit a generation with the content of `other`, an older one of this image; the lease is held, nothing is dirty.
+
+        Raises LeaseLostError, and what the store raises.
+        """
+        async with self._commit_lock:
+            lease = self._lease
+            if lease is None or lease.lost or self.dirty:
+                raise LeaseLostError(f"{self.name}: the right to write it was lost, or it was written meanwhile; nothing was rolled back")
+            journal, now = self._writeback.journal, time.time_ns()
+            sequence = journal.next_sequence() if journal is not None else 0
+            generation = self._head.record.successor(
+                size=other.size,
+                levels=other.levels,
+                top=other.top,
+                stored_bytes=other.stored_bytes,
+                allocated_chunks=other.allocated_chunks,
+                mtime_ns=now,
+                ctime_ns=now,
+                committed_ns=now,
+                epoch=lease.epoch,
+                sequence=sequence,
+            )
+            try:
+                head = await self._chain.commit(self._head, generation)
+            except ConflictError as error:
+                lease.lost = True
+                raise LeaseLostError(f"{self.name}: another host wrote the image; nothing was rolled back") from error
+            self.incarnation += 1
+            self._adopt(head)
+
+    async def release_lease(self) -> None:
+        """Give the lease back; nothing is dirty. No error where there is none."""
+        async with self._lease_lock:
+            lease = self._lease
+            if lease is None or self.dirty:
+                return
+            self._lease = None
+            await self._writeback.release_lease(lease)
+
+    async def discard(self) -> None:
+        """The image was removed and nobody has it open: what is dirty is of no use to anybody."""
+        async with self._commit_lock:
+            self._layers = [Layer()]
+            self._pending = []
+            self._account(-self._dirty_bytes)
+            self._dirty_since_s = None
+            journal = self._writeback.journal
+            if journal is not None:
+                journal.committed(self.node_id, self._last_sequence)
+            self._adopt(self._head, self._state)
+
+    async def lose_lease(self, error: NovaError) -> None:
+        """Another host has the lease: forget what is dirty, after it was kept aside. Readers see the last generation from here on."""
+        async with self._commit_lock:
+            if self._lease is None:
+                return
+            self._lease.lost = True
+            pending, self._pending = self._pending, []
+            had = self.dirty
+            self._layers = [Layer()]
+            self._lease = None
+            self.incarnation += 1
+            self._lost = (self.incarnation, error)
+            self._adopt(self._head, self._state)
+            self._account(-self._dirty_bytes)
+            self._dirty_since_s = None
+            if had:
+                await self._writeback.set_aside(self, pending, error)
+
+    # -- durability ---------------------------------------------------------------------------------------------
+
+    def _check_lost(self, incarnation: int | None) -> None:
+        if self._lost is not None and (incarnation is None or incarnation < self._lost[0]):
+            raise LeaseLostError(str(self._lost[1]))
+
+    async def fsync(self, *, incarnation: int | None = None) -> None:
+        """Return when everything written before would survive a power cut of this host (durability "journal"), or its
+        loss (durability "store", or while another host waits for the lease).
+
+        Raises StoreFullError (the local disk), LeaseLostError, and what `commit` raises.
+        """
+        self._check_lost(incarnation)
+        lease = self._lease
+        if lease is None:
+            return  # nothing was written since the last commit
+        if lease.lost:
+            lease.check()
+        if self._writeback.durability == "journal" and not lease.wanted:
+            await self._write_journal()
+        else:
+            await self.commit()
+        lease.check()
+
+    async def _write_journal(self) -> None:
+        journal, target = self._writeback.journal, self._last_sequence
+        if self._safe_sequence >= target or journal is None:
+            return
+        async with self._journal_lock:
+            if self._safe_sequence >= target or not self._pending:
+                return  # the one before us took ours along, or a commit did
+            batch, self._pending = self._pending, []
+            try:
+                await journal.append(batch)
+            except BaseException:
+                # A commit may have taken some of them meanwhile.
+                self._pending = [r for r in batch if r.sequence > self._safe_sequence] + self._pending
+                raise
+            self._account(-sum(len(r.data) for r in batch))
+            self._safe_sequence = max(self._safe_sequence, batch[-1].sequence)
+
+    async def flush(self, *, incarnation: int | None = None) -> None:
+        """A handle is being closed: commit, so that the next open elsewhere sees the data (close-to-open).
+
+        Under durability "journal" a store that is away does not fail the close: the data is in the journal, the lease
+        is kept, and the commit follows when the store is back. Raises what `fsync` raises.
+        """
+        self._check_lost(incarnation)
+        if not self.dirty:
+            return
+        if self._writeback.durability != "journal" or self._writeback.journal is None:
+            await self.commit()
+            return
+        # The commit goes on in the background when this stops waiting: a request that is under way is not called back.
+        commit = self._writeback.commit_soon(self)
+        error: NovaError | None = None
+        with trio.move_on_after(self._writeback.flush_timeout_s):
+            error = await commit.outcome()
+            if error is None:
+                return
+        if error is not None and not isinstance(error, RetryableError):
+            raise error
+        await self.fsync()
+        log.warning(
+            "%s: closed while the store does not answer (%s); %d bytes are in the journal of this host and not yet in the store",
+            self.name,
+            error or "time-out",
+            self._dirty_bytes,
+        )
 
     async def commit(self) -> int:
         """Make a generation in L3 that holds all writes issued before and none after; its counter.
 
         Does nothing where nothing is dirty. After an error all data is still here and the next commit takes it again.
-        Raises StoreUnavailableError, StoreFullError, StaleError (another host has written the image).
+        Raises StoreUnavailableError, StoreFullError, LeaseLostError, StaleError (another host has written the image).
         """
         if not self.dirty and not self._commit_lock.locked():
             return self.generation
-        async with self._commit_lock:
-            if not self.dirty:
-                return self.generation
-            # The freeze, in one step: layers, size and times are of this moment.
-            frozen = list(self._layers)
-            self._layers.append(Layer())
-            generation = self._head.record.successor(
-                size=self.size, mtime_ns=self.mtime_ns, ctime_ns=self.ctime_ns, committed_ns=time.time_ns()
-            )
-            head, state = await self._store(frozen, generation)
-            # Adopted in one step as well: no reader sees the new map without, or the old map with, the layers gone.
-            del self._layers[: len(frozen)]
-            self._adopt(head, state)
-            self._account(-sum(len(layer.chunks) for layer in frozen) * self.chunk_size)
+        try:
+            async with self._commit_lock:
+                return await self._commit_locked()
+        except LeaseLostError as error:
+            await self.lose_lease(error)
+            raise
+
+    async def _commit_locked(self) -> int:
+        if not self.dirty:
             return self.generation
+        lease = self._lease
+        if lease is None or lease.lost:
+            raise LeaseLostError(f"{self.name}: the right to write it went to another host")
+        # The freeze, in one step: layers, size, times and sequence are of this moment.
+        frozen = list(self._layers)
+        self._layers.append(Layer())
+        since_s, self._dirty_since_s = self._dirty_since_s, None
+        sequence = self._last_sequence
+        generation = self._head.record.successor(
+            size=self.size,
+            mtime_ns=self.mtime_ns,
+            ctime_ns=self.ctime_ns,
+            committed_ns=time.time_ns(),
+            epoch=lease.epoch,
+            sequence=sequence,
+        )
+        try:
+            head, state = await self._store_own(frozen, generation, lease)
+        except BaseException:
+            self._dirty_since_s = since_s
+            raise
+        # Adopted in one step as well: no reader sees the new map without, or the old map with, the layers gone.
+        del self._layers[: len(frozen)]
+        self._adopt(head, state)
+        taken = sum(len(layer.chunks) for layer in frozen) * self.chunk_size
+        taken += sum(len(r.data) for r in self._pending if r.sequence <= sequence)
+        self._pending = [r for r in self._pending if r.sequence > sequence]
+        self._safe_sequence = max(self._safe_sequence, sequence)
+        self._account(-taken)
+        journal = self._writeback.journal
+        if journal is not None:
+            journal.committed(self.node_id, sequence)
+        return self.generation
+
+    async def _store_own(self, frozen: list[Layer], generation: Generation, lease: Lease) -> tuple[Head[Generation], MapState]:
+        """`_store`, again where the number was taken by an earlier try of our own whose answer was lost."""
+        while True:
+            try:
+                return await self._store(frozen, generation)
+            except ConflictError as error:
+                head = await self._chain.head()
+                ours = (generation.epoch, generation.journal_id, generation.counter)
+                if head is None or (head.record.epoch, head.record.journal_id, head.record.counter) != ours:
+                    lease.lost = True
+                    raise LeaseLostError(
+                        f"{self.name}: another host wrote the image although this one held epoch {lease.epoch} of its lease"
+                    ) from error
+            # The frozen layers hold all that it holds, and more: applied once more they give the same bytes.
+            self._adopt(head)
+            generation = msgspec.structs.replace(
+                generation,
+                counter=head.record.counter + 1,
+                predecessor=head.record.nonce,
+                nonce=new_nonce(),
+                stored_bytes=head.record.stored_bytes,
+                allocated_chunks=head.record.allocated_chunks,
+            )
+
+    def replay(self, records: Sequence[Record]) -> None:
+        """Apply records of the journal, in order; the lease is held. Nothing is durable anew before `commit`."""
+        for record in records:
+            self._apply(record.kind, record.offset, record.data, record=record)
 
     async def _store(self, frozen: list[Layer], generation: Generation) -> tuple[Head[Generation], MapState]:
         base, size = self._state, generation.size
@@ -364,14 +708,7 @@ class Image:
         generation = msgspec.structs.replace(
             generation, levels=state.levels, top=state.top, stored_bytes=stored_bytes, allocated_chunks=allocated
         )
-        try:
-            head = await self._chain.commit(self._head, generation)
-        except ConflictError as error:
-            raise StaleError(
-                f"{self.name}: another host wrote the image since this one read generation {self.generation}; "
-                f"what was written here and not fsynced is in no generation. Close and reopen the image"
-            ) from error
-        return head, state
+        return await self._chain.commit(self._head, generation), state
 
     async def _count_from(self, state: MapState, first: int) -> tuple[int, int]:
         """Payload bytes and number of the chunks from index `first` on."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 from novafs.config import nearest
-from novafs.configkeys import BY_OPTION
+from novafs.configkeys import BY_OPTION, Duration
 from novafs.errors import ConfigError
 
 
@@ -28,6 +28,7 @@ class MountOptions:
 
     uid, gid: shown as the owner of everything, None: as stored. umask: permission bits withheld from everything, None: none.
     fsname: the source in /proc/mounts, None: the volume as the user wrote it. debug: libfuse logs every request.
+    busy_timeout_s: how long a SIGTERM lets open files go on before they are cut off.
     """
 
     allow_other: bool = False
@@ -37,6 +38,7 @@ class MountOptions:
     umask: int | None = None
     fsname: str | None = None
     debug: bool = False
+    busy_timeout_s: float = 10.0
 
 
 class ParsedOptions(NamedTuple):
@@ -54,7 +56,7 @@ _SWITCHES: Final = {
     "debug": ("debug", True),
     "nonempty": ("nonempty", True),
 }
-_WITH_VALUE: Final = ("uid", "gid", "umask", "fsname")
+_WITH_VALUE: Final = ("uid", "gid", "umask", "fsname", "busy_timeout")
 _IGNORED: Final = re.compile(
     r"defaults|(no)?(auto|user|dev|exec|suid|atime|diratime|relatime)|users|owner|group|nofail|_netdev|async|strictatime|[xX]-.*|comment"
 )
@@ -84,12 +86,22 @@ def parse_mount_options(texts: Iterable[str]) -> ParsedOptions:
                     raise ConfigError(f"-o {option}: needs a value, as in {option}=…")
                 if option in BY_OPTION:
                     settings[BY_OPTION[option].name] = value
+                elif option == "busy_timeout":
+                    fields["busy_timeout_s"] = _busy_timeout(value)
                 else:
                     fields[option] = _value(option, value)
             else:
                 raise ConfigError(f"-o {option}: unknown mount option{nearest(option, [*_SWITCHES, *_WITH_VALUE, *BY_OPTION])}")
     nonempty = fields.pop("nonempty", False)
     return ParsedOptions(MountOptions(**fields), settings, nonempty)
+
+
+def _busy_timeout(text: str) -> float:
+    kind = Duration(maximum=3600)
+    try:
+        return kind.read(text)
+    except ConfigError as error:
+        raise ConfigError(f"-o busy_timeout: {error}; allowed: {kind.allowed}") from error
 
 
 def _value(option: str, text: str) -> int | str:

@@ -136,7 +136,7 @@ class PackWriter:
     async def put_blob(self, plain: bytes) -> Reference:
         """Store a blob that is no chunk of an image (a map node, a directory page); not counted as one."""
         before = (self.counts.new_chunks, self.counts.dedup_chunks, self.counts.plain_bytes)
-        (entry,) = await self.append([item for item in await self.prepare([plain])])
+        (entry,) = await self.append(await self.prepare([plain]))
         self.counts.new_chunks, self.counts.dedup_chunks, self.counts.plain_bytes = before
         return Reference.unpack(entry)
 

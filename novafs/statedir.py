@@ -22,6 +22,7 @@ import fcntl
 import hashlib
 import json
 import os
+import pwd
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -181,9 +182,13 @@ def _records_dir(uid: int) -> Path:
         return Path("/run/novafs/mounts")
     runtime = os.environ.get("XDG_RUNTIME_DIR", "") if uid == os.getuid() else ""
     base = Path(runtime) if runtime.startswith("/") else Path(f"/run/user/{uid}")
-    if base.is_dir():
-        return base / "novafs" / "mounts"
-    return Path(f"/tmp/novafs-{uid}/mounts")  # noqa: S108  # checked for its owner before it is believed
+    if not base.is_dir():
+        # No session of systemd-logind. Not /tmp: whoever comes first owns a name there.
+        try:
+            base = Path(pwd.getpwuid(uid).pw_dir) / ".local" / "state"
+        except KeyError:
+            base = Path(f"/run/user/{uid}")
+    return base / "novafs" / "mounts"
 
 
 def _record_path(mountpoint: str, uid: int) -> Path:

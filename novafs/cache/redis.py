@@ -31,6 +31,7 @@ from __future__ import annotations
 import logging
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -39,7 +40,7 @@ import xxhash
 from redis.exceptions import NoScriptError, ResponseError
 
 from novafs.cache.base import Frame, Tier, TierStatistics
-from novafs.cache.redis_address import KNOWN, RedisAddress, parse_redis_url
+from novafs.cache.redis_address import RedisAddress, parse_redis_url
 from novafs.cache.redis_link import Command, LinkError, RedisLink
 from novafs.cache.redis_scripts import DELETE, PUT, TOUCH, Script
 from novafs.errors import ConfigError, NovaError
@@ -59,6 +60,8 @@ TOUCHES_MAX: Final = 8192
 """Accesses noted and not yet told to the servers; beyond it the newest are not noted."""
 TOUCHES_WAKE: Final = 1024
 FLUSH_S: Final = 1.0
+REFRESH_S: Final = 30.0
+"""How often an idle tier asks the servers for their use, which also finds out that they are gone."""
 PROBE_S_MIN: Final = 0.5
 PROBE_S_MAX: Final = 10.0
 
@@ -110,8 +113,6 @@ def open_l2(
         from novafs.cache.embedded import open_embedded
 
         return open_embedded(capacity_bytes=capacity_bytes, volume_id=name, state_dir=state_dir, timeout_s=timeout_s)
-    if "://" not in url and url.isalpha():
-        raise ConfigError(f"l2 url: expected one of {KNOWN}; found {url!r}")
     return RedisTier(parse_redis_url(url), capacity_bytes=capacity_bytes, volume_id=name, timeout_s=timeout_s)
 
 
@@ -351,6 +352,7 @@ class RedisTier:
             self._link.reset()
             return str(error)
         for shard, answer in zip(self._shards, answers, strict=True):
+            shard.told_us = 0  # another server may answer now, by another clock
             try:
                 shard.bytes, shard.count = (int(part or 0) for part in answer)
             except (TypeError, ValueError):  # of another type, or not ours: the next script there puts it right
@@ -363,12 +365,18 @@ class RedisTier:
     def _keep(self) -> None:
         """The tier's own thread: tells the servers of accesses while they answer, looks for them while they do not."""
         delay_s = PROBE_S_MIN
+        refreshed_s = time.monotonic()
         while not self._closing.is_set():
             if self._up:
                 delay_s = PROBE_S_MIN
                 self._wake.wait(FLUSH_S)
                 self._wake.clear()
                 self.flush()
+                if self._up and time.monotonic() - refreshed_s > REFRESH_S:
+                    refreshed_s = time.monotonic()
+                    wrong = self._probe()
+                    if wrong is not None:
+                        self._failed(LinkError(wrong))
             else:
                 self._closing.wait(delay_s)
                 delay_s = min(2 * delay_s, PROBE_S_MAX)
@@ -451,11 +459,12 @@ class RedisTier:
 
     def _note_use(self, shard: _Shard, answer: object) -> int:
         """Remember what a script said of its shard; how many it says it did."""
-        if not isinstance(answer, list) or len(answer) != 4 or not all(isinstance(part, int) for part in answer):
+        if not isinstance(answer, list) or len(answer) != 5 or not all(isinstance(part, int) for part in answer):
             self._count_error()
             return 0
         with self._lock:
-            shard.bytes, shard.count = answer[0], answer[1]
+            if answer[4] >= shard.told_us:  # answers of calls at the same time come in any order
+                shard.bytes, shard.count, shard.told_us = answer[0], answer[1], answer[4]
             self._evictions += answer[2]
         return int(answer[3])
 
@@ -467,7 +476,7 @@ class RedisTier:
 class _Shard:
     """The key names of one shard, and its use as the servers last told it (bytes, entries)."""
 
-    __slots__ = ("bytes", "count", "index", "prefix", "use")
+    __slots__ = ("bytes", "count", "index", "prefix", "told_us", "use")
 
     def __init__(self, volume_id: str, number: int) -> None:
         tag = f"novafs:{{{volume_id}:{number}}}:".encode()
@@ -476,6 +485,7 @@ class _Shard:
         self.use = tag + b"u"
         self.bytes = 0
         self.count = 0
+        self.told_us = 0
 
 
 def _out_of_memory(error: ResponseError) -> bool:

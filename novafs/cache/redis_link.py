@@ -57,6 +57,7 @@ _UNREACHABLE: Final[tuple[type[BaseException], ...]] = (
     errors.ClusterError,
     errors.InvalidResponse,
     OSError,
+    RuntimeError,  # the node threads have been shut down by `close`
 )
 _SCAN_ERRORS: Final[tuple[type[BaseException], ...]] = (*_UNREACHABLE, errors.ResponseError)
 # A server that does not speak the protocol makes the parser stumble in ways of its own.

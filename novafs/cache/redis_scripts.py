@@ -21,7 +21,8 @@ outside may break it, and each is put right by the next script that runs:
 Reading needs no script: MGET, and later one `TOUCH` for many reads.
 
 Each script gets KEYS index, use; ARGV prefix of the data keys, capacity of the shard, overhead per entry, and what it works
-on; it answers {bytes, count, evicted, done}. Data keys are made from prefix and id: they are in the same slot.
+on. It answers {bytes, count, evicted, done, now}: the use when it ended, what it did, and the server's time in µs. Data keys
+are made from prefix and id: they are in the same slot.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ for at = 5, #ARGV, 2 do
 end
 if failure and done == 0 and evicted == 0 then return failure end
 save_use()
-return {bytes, count, evicted, done}
+return {bytes, count, evicted, done, now}
 """
 
 _TOUCH: Final = """
@@ -140,7 +141,7 @@ for at = 4, #ARGV do
 end
 if bytes > capacity then evict_to(capacity) end
 save_use()
-return {bytes, count, evicted, done}
+return {bytes, count, evicted, done, now}
 """
 
 _DELETE: Final = """
@@ -154,7 +155,7 @@ for at = 4, #ARGV do
   done = done + redis.call('UNLINK', key)
 end
 save_use()
-return {bytes, count, evicted, done}
+return {bytes, count, evicted, done, now}
 """
 
 

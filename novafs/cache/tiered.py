@@ -8,15 +8,15 @@ What always holds:
 - **One fetch per chunk.** However many ask for a chunk while it is under way, they wait for the same fetch. Fetches run in the
   cache's own nursery: a caller that is cancelled leaves, and the fetch goes on for the others, and for L1.
 - **L2 never hurts.** It is asked within `l2_timeout_s`, in threads of its own; after that, and whatever it says or
-  does not say, L3 is asked. What goes to L2 goes in the background through a bounded queue that drops when it is full.
-- Everything here runs on the trio thread, except for the pure functions at the end, so what stands between two awaits is
+  does not say, L3 is asked.
+- Everything here runs on the trio thread, except for the pure function at the end, so what stands between two awaits is
   atomic. A fetch that finds everything in L1 takes no checkpoint.
 
-What comes in (fetched, or written by this host: `add`) is in L1 at once, plain; an encoder compresses it there in the
-background and hands on what L2 should have. So a reader never waits for a compressor, unless the encoder is behind:
-then fetches compress before they answer, which slows them to what the machine can do. L1's victims go to L2 where it lacks them.
+What comes in (fetched, or written by this host: `add`) is in L1 at once, plain; compressing it there and filling L2
+follow in the background (`fill`). So a reader never waits for a compressor, unless that is behind: then fetches compress
+before they answer, which slows them to what the machine can do.
 
-The bytes in queues and in flight are accounted in L1 ("queues", "fetch"), under its cap.
+Bytes in flight are accounted in L1 ("fetch"), under its cap, where there is room for them.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Final, Generic, NamedTuple, Protocol, TypeVar
+from typing import Final, NamedTuple, Protocol
 
 import trio
 
 from novafs.asynctools import open_nursery
 from novafs.cache.base import Frame, Tier, TierStatistics
+from novafs.cache.fill import Arrival, Filler, FillStatistics
 from novafs.cache.memory import MemoryStatistics, MemoryTier
 from novafs.chunk import ID_SIZE, Reference
 from novafs.codec import PLAIN_MAX, Codec, decode, encode
@@ -41,17 +41,11 @@ from novafs.errors import BugError, CorruptionError, FrameCorruptError, ObjectNo
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 BATCH_BYTES: Final = 4 << 20
 """Plain bytes that one step of a fetch covers: one MGET, and the unit in which a long read is delivered."""
 BATCH_CHUNKS_MAX: Final = 256
 VERIFY_CHUNKS_MIN: Final = 4
 """Fewer are not worth a second thread: a hop costs what decoding and hashing a 64 KiB chunk does, about 0.1 ms."""
-ENCODE_CHUNKS_MAX: Final = 16
-WRITE_CHUNKS_MAX: Final = 64
-QUEUE_BYTES_MAX: Final = 32 << 20
-"""For both queues together; or an eighth of L1, where that is less."""
 L2_THREADS: Final = 8
 
 _HOLE: Final = bytes(ID_SIZE)
@@ -85,25 +79,19 @@ class TrafficStatistics:
 
 @dataclass(frozen=True, slots=True)
 class CacheStatistics:
-    """l1, l2: the tiers' own counters. l2_traffic, l3_traffic: what this cache asked of them.
+    """l1, l2: the tiers' own counters. l2_traffic, l3_traffic: what this cache asked of them. fill: the background's.
 
-    fetches: chunks that were fetched. shared_fetches: chunks that were asked for while their fetch was under way. added: own writes.
-    fills: chunks written to L2 (demotions included). demotions: L1's victims among them. fills_dropped: chunks that did not get there because
-    a queue was full. uncompressed: chunks that stay plain in L1 for the same reason.
+    fetches: chunks that were fetched. shared_fetches: times that a chunk was asked for while its fetch was under way. added: own writes.
     """
 
     l1: MemoryStatistics
     l2: TierStatistics | None
     l2_traffic: TrafficStatistics
     l3_traffic: TrafficStatistics
+    fill: FillStatistics
     fetches: int
     shared_fetches: int
     added: int
-    fills: int
-    demotions: int
-    fills_dropped: int
-    uncompressed: int
-    queued_bytes: int
 
 
 class ChunkCache:
@@ -120,7 +108,7 @@ class ChunkCache:
         l2_timeout_s: float = 0.5,
         threads: int | None = None,
     ) -> None:
-        """l2_codec: of what is written to L2; what is read from it says its own. threads: that verify and compress; default: one per CPU."""
+        """l2_codec: of what is written to L2; what is read from it says its own. threads: that verify; default: one per CPU."""
         self.l1 = l1
         self.l2 = l2
         self.peek: Callable[[bytes], bytes | None] = l1.peek
@@ -128,7 +116,6 @@ class ChunkCache:
         self._l3 = l3
         self._chunk_size = chunk_size
         self._batch_chunks = max(1, min(BATCH_CHUNKS_MAX, BATCH_BYTES // chunk_size))
-        self._l2_codec = l2_codec
         self._l2_timeout_s = l2_timeout_s
         self._nursery: trio.Nursery | None = None
         self._flights: dict[bytes, _Flight] = {}
@@ -136,39 +123,27 @@ class ChunkCache:
         self._thread_count = threads or os.cpu_count() or 1
         self._workers = trio.CapacityLimiter(self._thread_count)
         self._l2_readers = trio.CapacityLimiter(L2_THREADS)
-        self._l2_writers = trio.CapacityLimiter(1)
-        self._queue_bytes = min(QUEUE_BYTES_MAX, l1.capacity_bytes // 8)
-        self._to_encode: _Queue[_Arrival] = _Queue(self._queue_bytes // 2)
-        self._to_l2: _Queue[_Change] = _Queue(self._queue_bytes // 2)
+        self._filler = Filler(l1=l1, l2=l2, l2_codec=l2_codec)
 
         self._l2_traffic = _Traffic()
         self._l3_traffic = _Traffic()
         self._fetches = 0
         self._shared_fetches = 0
         self._added = 0
-        self._fills = 0
-        self._demotions = 0
-        self._fills_dropped = 0
-        self._uncompressed = 0
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """The cache's background: fetches, encoder, writer to L2. On leaving, what is still under way is given up."""
+        """The cache's background. On leaving, what is still under way is given up."""
         if self._nursery is not None:
             raise BugError("ChunkCache.running() is entered twice")
         async with open_nursery() as nursery:
             self._nursery = nursery
-            self.l1.set_reserved("queues", self._queue_bytes)
-            nursery.start_soon(self._encode_forever)
-            if self.l2 is not None:
-                self.l1.on_evict = self._demote
-                nursery.start_soon(self._write_forever, self.l2)
+            self._filler.start(nursery)
             try:
                 yield
             finally:
                 self._nursery = None
-                self.l1.on_evict = None
-                self.l1.set_reserved("queues", 0)
+                self._filler.stop()
                 nursery.cancel_scope.cancel()
 
     # --- reading ----------------------------------------------------------------------------------------------
@@ -177,8 +152,8 @@ class ChunkCache:
         """Plain contents in the order asked: chunks, map nodes, directory pages. A chunk may be asked for more than once.
 
         Raises the first error in the order asked: FrameCorruptError (a bad copy in L3, read twice), ObjectNotFoundError
-        (the pack is gone; names chunk and pack), StoreUnavailableError and what else the store raises. The other chunks are
-        in L1 all the same.
+        (the pack is gone; names chunk and pack), StoreUnavailableError and what else the store raises. The fetch of the others
+        goes on, into L1.
         """
         plains: list[bytes | None] = []
         waiting: list[tuple[int, Reference, _Flight]] = []
@@ -213,14 +188,16 @@ class ChunkCache:
         frame: of `plain` in any codec, where the caller has one; saves compressing it again for a tier of that codec.
         """
         self._added += 1
-        known = self.l1.contains(chunk_id)
-        self._admit(_Arrival(chunk_id, bytes(plain), frame, wants_l2=not known))
+        if self.l1.contains(chunk_id):
+            self.l1.insert(chunk_id, plain)  # read again, so to speak; L2 has had it, too, or gets it when it leaves
+        else:
+            self._filler.admit(Arrival(chunk_id, bytes(plain), frame, wants_l2=True))
 
     def drop(self, chunk_ids: Iterable[bytes]) -> None:
         """Give the chunks up in L1, and in the background in L2."""
         for chunk_id in chunk_ids:
             self.l1.drop_many([chunk_id])
-            self._delete_from_l2(chunk_id)
+            self._filler.delete(chunk_id)
 
     def statistics(self) -> CacheStatistics:
         """A snapshot of the counters."""
@@ -229,14 +206,10 @@ class ChunkCache:
             l2=None if self.l2 is None else self.l2.statistics(),
             l2_traffic=self._l2_traffic.snapshot(),
             l3_traffic=self._l3_traffic.snapshot(),
+            fill=self._filler.statistics(),
             fetches=self._fetches,
             shared_fetches=self._shared_fetches,
             added=self._added,
-            fills=self._fills,
-            demotions=self._demotions,
-            fills_dropped=self._fills_dropped,
-            uncompressed=self._uncompressed,
-            queued_bytes=self._to_encode.used_bytes + self._to_l2.used_bytes,
         )
 
     async def wait_idle(self) -> None:
@@ -244,12 +217,10 @@ class ChunkCache:
         while True:
             if self._flights:
                 await next(iter(self._flights.values())).done.wait()
-            elif not self._to_encode.idle.is_set():
-                await self._to_encode.idle.wait()
-            elif not self._to_l2.idle.is_set():
-                await self._to_l2.idle.wait()
             else:
-                return
+                await self._filler.wait_idle()
+                if not self._flights:
+                    return
 
     # --- fetching ---------------------------------------------------------------------------------------------
 
@@ -269,22 +240,22 @@ class ChunkCache:
         self._nursery.start_soon(self._fly, flights)
 
     async def _arrival(self, reference: Reference, flight: _Flight) -> bytes:
-        await flight.done.wait()
-        if flight.error is not None and not _same_place(reference, flight.reference):
-            # The fetch was somebody else's and read another copy of the chunk; what befell that one says nothing of ours.
-            again = self.peek(reference.chunk_id)
-            if again is not None:
-                return again
-            flight = self._flights.get(reference.chunk_id) or flight
-            if flight.done.is_set():
-                flight = self._depart(reference)
-                self._start([flight])
+        while True:
             await flight.done.wait()
-        if flight.error is not None:
-            raise _again(flight.error) from flight.error
-        if flight.plain is None:
-            raise BugError(f"chunk {reference.chunk_id.hex()}: its fetch ended without content and without an error")
-        return flight.plain
+            if flight.plain is not None:
+                return flight.plain
+            if flight.error is None:
+                raise BugError(f"chunk {reference.chunk_id.hex()}: its fetch ended without content and without an error")
+            if _same_place(reference, flight.reference):
+                raise _again(flight.error) from flight.error
+            # The fetch was somebody else's and read another copy of the chunk; what befell that one says nothing of ours.
+            plain = self.peek(reference.chunk_id)
+            if plain is not None:
+                return plain
+            running = self._flights.get(reference.chunk_id)
+            flight = running or self._depart(reference)
+            if running is None:
+                self._start([flight])
 
     async def _fly(self, flights: list[_Flight]) -> None:
         """Fetch some chunks; every flight is done when this returns, however it does."""
@@ -305,7 +276,8 @@ class ChunkCache:
             if reserved:
                 self.l1.release("fetch", in_flight_bytes)
             for flight in flights:
-                self._land(flight, error=StoreUnavailableError(f"chunk {flight.reference.chunk_id.hex()}: the volume is being closed"))
+                if not flight.done.is_set():
+                    self._land(flight, error=StoreUnavailableError(f"chunk {flight.reference.chunk_id.hex()}: the volume is being closed"))
 
     def _land(self, flight: _Flight, *, plain: bytes | None = None, error: Exception | None = None) -> None:
         """The flight is over; the first call counts."""
@@ -342,10 +314,10 @@ class ChunkCache:
             if isinstance(item, CorruptionError):
                 traffic.corruptions += 1
                 log.warning("L2 holds a bad copy of chunk %s (%s): deleted, reading it from L3", chunk_id.hex(), item)
-                self._delete_from_l2(chunk_id)
+                self._filler.delete(chunk_id)
             else:
                 traffic.hits += 1
-                self._admit(_Arrival(chunk_id, item.plain, item.l1_frame or frames[chunk_id], wants_l2=False))
+                self._filler.admit(Arrival(chunk_id, item.plain, item.l1_frame or frames[chunk_id], wants_l2=False))
                 self._land(flight, plain=item.plain)
         missing = [flight for flight in flights if not flight.done.is_set()]
         traffic.misses += len(missing)
@@ -418,7 +390,7 @@ class ChunkCache:
                 log.warning("chunk %s in pack %s at %d: %s", place.chunk_id.hex(), place.pack_id.hex(), place.offset, item)
             else:
                 traffic.hits += 1
-                self._admit(_Arrival(place.chunk_id, item.plain, item.l1_frame or frame, wants_l2=True))
+                self._filler.admit(Arrival(place.chunk_id, item.plain, item.l1_frame or frame, wants_l2=True))
                 self._land(flight, plain=item.plain)
         return bad
 
@@ -427,7 +399,7 @@ class ChunkCache:
         if not items:
             return []
         # Behind: then compress here, before anybody is answered, so that readers run no faster than the encoder.
-        l1_codec = self.l1.codec if 2 * self._to_encode.used_bytes > self._to_encode.capacity_bytes else None
+        l1_codec = self.l1.codec if self._filler.behind else None
         size = max(VERIFY_CHUNKS_MIN, -(-len(items) // self._thread_count))
         parts = [items[start : start + size] for start in range(0, len(items), size)]
         checked: list[list[_Content | CorruptionError]] = [[] for _ in parts]
@@ -442,60 +414,6 @@ class ChunkCache:
                 for number in range(len(parts)):
                     nursery.start_soon(check, number)
         return [item for part in checked for item in part]
-
-    # --- into L1, and on to L2 ----------------------------------------------------------------------------------
-
-    def _admit(self, arrival: _Arrival) -> None:
-        """Into L1 at once; to the encoder what is to be compressed there or to go to L2."""
-        frame = arrival.frame
-        fits_l1 = frame is not None and frame.codec in (self.l1.codec, Codec.NONE)
-        self.l1.insert(arrival.chunk_id, arrival.plain, frame if fits_l1 else None)
-        wants_l2 = arrival.wants_l2 and self.l2 is not None and self.l2.up
-        if not wants_l2 and fits_l1:
-            return
-        work = arrival._replace(wants_l1=not fits_l1, wants_l2=wants_l2)
-        if not self._to_encode.put(work, len(arrival.plain)):
-            self._uncompressed += work.wants_l1
-            self._fills_dropped += wants_l2
-
-    async def _encode_forever(self) -> None:
-        while True:
-            batch = await self._to_encode.get_batch(ENCODE_CHUNKS_MAX)
-            try:
-                done = await trio.to_thread.run_sync(_encode, batch, self.l1.codec, self._l2_codec, limiter=self._workers)
-            finally:
-                self._to_encode.finish(batch_bytes := sum(len(arrival.plain) for arrival in batch), len(batch))
-            del batch_bytes
-            for arrival, (l1_frame, l2_frame) in zip(batch, done, strict=True):
-                if l1_frame is not None:
-                    self.l1.compact(arrival.chunk_id, l1_frame)
-                if l2_frame is not None and not self._to_l2.put(_Change(arrival.chunk_id, l2_frame), len(l2_frame.payload)):
-                    self._fills_dropped += 1
-
-    def _demote(self, victims: list[tuple[bytes, Frame]]) -> None:
-        """L1's victims, to L2 where it lacks them; in whatever codec they are, because a value there says its own."""
-        if self.l2 is not None and self.l2.up:
-            for chunk_id, frame in victims:
-                if not self._to_l2.put(_Change(chunk_id, frame, demoted=True), len(frame.payload)):
-                    self._fills_dropped += 1
-
-    def _delete_from_l2(self, chunk_id: bytes) -> None:
-        if self.l2 is not None:
-            self._to_l2.put(_Change(chunk_id, None), 0)
-
-    async def _write_forever(self, l2: Tier) -> None:
-        while True:
-            batch = await self._to_l2.get_batch(WRITE_CHUNKS_MAX)
-            size = sum(len(change.frame.payload) for change in batch if change.frame is not None)
-            try:
-                filled, demoted = await trio.to_thread.run_sync(_write, l2, batch, limiter=self._l2_writers)
-            except Exception:  # as in `_from_l2`
-                log.exception("L2 failed to take %d chunks", len(batch))
-            else:
-                self._fills += filled
-                self._demotions += demoted
-            finally:
-                self._to_l2.finish(size, len(batch))
 
 
 # --- parts ------------------------------------------------------------------------------------------------------
@@ -513,71 +431,11 @@ class _Flight:
         self.error: Exception | None = None
 
 
-class _Arrival(NamedTuple):
-    """A verified chunk. frame: of it, in any codec, if there is one. wants_l1: to be compressed there."""
-
-    chunk_id: bytes
-    plain: bytes
-    frame: Frame | None
-    wants_l2: bool
-    wants_l1: bool = False
-
-
-class _Change(NamedTuple):
-    """What L2 is to do: hold `frame`; only where it lacks it (demoted); or, without a frame, delete."""
-
-    chunk_id: bytes
-    frame: Frame | None
-    demoted: bool = False
-
-
 class _Content(NamedTuple):
     """Verified. l1_frame: of `plain` in L1's codec, where it was asked for."""
 
     plain: bytes
     l1_frame: Frame | None
-
-
-class _Queue(Generic[T]):
-    """Bounded by bytes, what is being worked on included; `put` never waits."""
-
-    ITEMS_MAX: Final = 8192
-    """For items of few bytes or none."""
-
-    def __init__(self, capacity_bytes: int) -> None:
-        self.capacity_bytes = capacity_bytes
-        self.used_bytes = 0
-        self.idle = trio.Event()
-        self.idle.set()
-        self._items: deque[T] = deque()
-        self._open = 0
-        self._filled = trio.Event()
-
-    def put(self, item: T, size: int) -> bool:
-        """Whether there was room."""
-        if self.used_bytes + size > self.capacity_bytes or self._open >= self.ITEMS_MAX:
-            return False
-        if not self._open:
-            self.idle = trio.Event()
-        self._open += 1
-        self.used_bytes += size
-        self._items.append(item)
-        self._filled.set()
-        return True
-
-    async def get_batch(self, most: int) -> list[T]:
-        """At least one and at most `most` items, oldest first. `finish` when they are done with."""
-        while not self._items:
-            self._filled = trio.Event()
-            await self._filled.wait()
-        return [self._items.popleft() for _ in range(min(most, len(self._items)))]
-
-    def finish(self, size: int, count: int) -> None:
-        """`count` items of `size` bytes in all need no room any more."""
-        self.used_bytes -= size
-        self._open -= count
-        if not self._open:
-            self.idle.set()
 
 
 class _Traffic:
@@ -611,9 +469,6 @@ def _again(error: Exception) -> Exception:
     return copy
 
 
-# Pure functions, run in worker threads.
-
-
 def _verify(items: Sequence[tuple[bytes, Frame]], l1_codec: Codec | None) -> list[_Content | CorruptionError]:
     checked: list[_Content | CorruptionError] = []
     for chunk_id, frame in items:
@@ -629,36 +484,3 @@ def _verify(items: Sequence[tuple[bytes, Frame]], l1_codec: Codec | None) -> lis
             compress = l1_codec is not None and frame.codec not in (l1_codec, Codec.NONE)
             checked.append(_Content(plain, encode(plain, l1_codec) if compress and l1_codec is not None else None))
     return checked
-
-
-def _encode(batch: Sequence[_Arrival], l1_codec: Codec, l2_codec: Codec) -> list[tuple[Frame | None, Frame | None]]:
-    """Frames for L1 and L2, None where none is wanted. What is plain in one codec is plain in all: it does not compress."""
-    done = []
-    for chunk_id, plain, frame, wants_l2, wants_l1 in batch:
-        del chunk_id
-        made = {} if frame is None else {frame.codec: frame}
-        incompressible = made.get(Codec.NONE)
-
-        def frame_in(codec: Codec, plain: bytes = plain, made: dict[int, Frame] = made, kept: Frame | None = incompressible) -> Frame:
-            found = kept or made.get(codec)
-            if found is None:
-                found = made[codec] = encode(plain, codec)
-            return found
-
-        done.append((frame_in(l1_codec) if wants_l1 else None, frame_in(l2_codec) if wants_l2 else None))
-    return done
-
-
-def _write(l2: Tier, batch: Sequence[_Change]) -> tuple[int, int]:
-    """Do it; chunks written, and how many of them were demoted. Of several changes of one chunk the last counts."""
-    latest: Mapping[bytes, _Change] = {change.chunk_id: change for change in batch}
-    deleted = [change.chunk_id for change in latest.values() if change.frame is None]
-    if deleted:
-        l2.delete_many(deleted)
-    wanted = {change.chunk_id: change.frame for change in latest.values() if change.frame is not None}
-    victims = [change.chunk_id for change in latest.values() if change.demoted]
-    known = l2.contains_many(victims) if victims else set()
-    frames = {chunk_id: frame for chunk_id, frame in wanted.items() if chunk_id not in known}
-    if frames and l2.up:
-        l2.put_many(frames)
-    return len(frames), len(victims) - len(known)

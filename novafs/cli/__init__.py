@@ -19,16 +19,7 @@ from typing import Final
 import click
 
 import novafs
-from novafs.cli import common
-from novafs.cli.export import export
-from novafs.cli.import_ import import_
-from novafs.cli.info import info
-from novafs.cli.init import init
-from novafs.cli.ls import ls
-from novafs.cli.mount import mount
-from novafs.cli.rm import rm
-from novafs.cli.stats import stats
-from novafs.cli.umount import umount
+from novafs.cli import clone, common, export, import_, info, init, ls, mount, rm, rollback, snapshot, snapshots, stats, umount
 from novafs.errors import BugError, ConfigError, InvalidNameError, NovaError
 
 INTERRUPTED: Final = 130
@@ -45,7 +36,21 @@ def group() -> None:
     """
 
 
-for _command in (init, mount, umount, import_, export, ls, info, rm, stats):
+for _command in (
+    init.init,
+    mount.mount,
+    umount.umount,
+    import_.import_,
+    export.export,
+    ls.ls,
+    info.info,
+    rm.rm,
+    clone.clone,
+    snapshot.snapshot,
+    snapshots.snapshots,
+    rollback.rollback,
+    stats.stats,
+):
     group.add_command(_command)
 
 

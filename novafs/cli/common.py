@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, TypeVar
@@ -17,7 +17,7 @@ from typing import Any, Final, TypeVar
 import click
 
 from novafs.config import Config, load_config
-from novafs.configkeys import KEYS
+from novafs.configkeys import KEYS, Secret
 from novafs.errors import ConfigError
 from novafs.units import format_duration, format_size
 
@@ -32,6 +32,16 @@ def verbosity() -> int:
     return _verbosity
 
 
+class _Stderr(logging.Handler):
+    """Writes to what `sys.stderr` is at that moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            print(self.format(record), file=sys.stderr, flush=True)
+        except Exception:
+            self.handleError(record)
+
+
 def configure_logging(verbose: int, *, timestamps: bool = False) -> None:
     """Log our own events to stderr: warnings, with -v what is done, with -vv everything.
 
@@ -39,13 +49,11 @@ def configure_logging(verbose: int, *, timestamps: bool = False) -> None:
     """
     global _verbosity
     _verbosity = verbose
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Stderr()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s" if timestamps else "novafs: %(message)s"))
     root = logging.getLogger()
-    for old in list(root.handlers):
-        if getattr(old, "novafs", False):
-            root.removeHandler(old)
-    handler.novafs = True  # type: ignore[attr-defined]  # marks the handler as ours to replace
+    for old in [old for old in root.handlers if isinstance(old, _Stderr)]:
+        root.removeHandler(old)
     root.addHandler(handler)
     root.setLevel(logging.WARNING)
     for name in ("novafs", "novafs_mount"):
@@ -97,6 +105,16 @@ def volume_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def _first_sentence(text: str) -> str:
     return text.split(". ")[0].rstrip(".").replace("`", "") + "."
+
+
+def without_l2(config: Config) -> Config:
+    """For a command that reads nothing twice: it need not reach Redis, and must not start an embedded server."""
+    return replace(config, l2=replace(config.l2, url=Secret("none")))
+
+
+def quiet_l2(config: Config) -> Config:
+    """For a command that gains from what other hosts left in Redis, and nothing from an embedded server of its own."""
+    return without_l2(config) if config.l2.url == "embedded" else config
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")

@@ -18,7 +18,7 @@ import click
 from novafs.cli import common
 from novafs.cli.common import Settings
 from novafs.config import Config
-from novafs.errors import ConfigError, ExistsError, IsADirectoryError_, StoreFullError, UnsupportedError, UserError
+from novafs.errors import ConfigError, ExistsError, IsDirectoryError, StoreFullError, UnsupportedError, UserError
 
 if TYPE_CHECKING:
     from novafs.rawsink import Sink, Workspace
@@ -68,12 +68,14 @@ def export(volume: str, image: str, destination: str, format_: str | None, force
     DEST is a file (holes stay holes), a block device, a named pipe, or - for standard output. What is written is the
     newest committed state. A file appears under its name when all of it is written, or not at all.
     """
+    if "\0" in destination:
+        raise UserError(f"{destination!r}: no path has a NUL character in it")
     request = Request(image, destination, _format(destination, format_), force, workers)
     if destination == "-" and sys.stdout.isatty():
         raise click.UsageError("standard output is a terminal: redirect it into a file or a pipe")
     config = settings.load(volume)
     path = Path(os.path.abspath(destination))  # noqa: PTH100  # not resolve(): a link as destination is replaced, not followed
-    size, seconds = common.run(_export, config, request, _kind_of(request, path), path)
+    size, seconds = common.run(_export, common.quiet_l2(config), request, _kind_of(request, path), path)
     if destination != "-":
         common.emit(f"{common.printable(destination)}: {common.with_bytes(size)} as {request.format}; {common.rate(size, seconds)}")
 
@@ -115,7 +117,7 @@ async def _export(config: Config, request: Request, kind: Kind, path: Path) -> t
     async with open_volume(config, read_only=True) as volume:
         entry = await volume.catalog.resolve(request.image)
         if entry.kind is catalogtree.Kind.DIRECTORY:
-            raise IsADirectoryError_(f"{request.image or '/'}: is a directory of the volume, expected an image")
+            raise IsDirectoryError(f"{request.image or '/'}: is a directory of the volume, expected an image")
         image = await volume.open_image(entry.node_id)
         try:
             size = image.size
@@ -124,6 +126,10 @@ async def _export(config: Config, request: Request, kind: Kind, path: Path) -> t
                 with common.progress_bar(f"exporting {request.image}", size) as progress:
                     await copy_image(image, target.sink, workers=request.workers, progress=progress)
                 await trio.to_thread.run_sync(target.publish)
+            except BaseException:
+                if kind is Kind.DEVICE:  # the one destination that shows what is half done
+                    common.say(f"{path} holds only a part of the image now: export it again")
+                raise
             finally:
                 target.close()
             return size, time.monotonic() - started

@@ -17,7 +17,7 @@ import click
 from novafs.cli import common
 from novafs.cli.common import Settings
 from novafs.config import Config
-from novafs.errors import ExistsError, IsADirectoryError_, NotADirectoryError_, NotFoundError, SourceError
+from novafs.errors import ExistsError, IsDirectoryError, NotDirectoryError, NotFoundError, SourceError
 from novafs.units import format_size
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def import_(
         image = default_name(source)
     config = settings.load(volume)
     request = Request(source, image, format_, follow, replace, parents, workers)
-    result = common.run(_import, config, request)
+    result = common.run(_import, common.without_l2(config), request)
     if as_json:
         common.emit_json({"image": image, **asdict(result)})
     else:
@@ -140,7 +140,7 @@ def _is_pipe(source: str) -> bool:
 
 
 async def _place(volume: Volume, request: Request) -> tuple[bytes, str]:
-    """Directory and name of the new image. Raises ExistsError, IsADirectoryError_, NotFoundError, InvalidNameError."""
+    """Directory and name of the new image. Raises ExistsError, IsDirectoryError, NotFoundError, InvalidNameError."""
     from novafs.catalogtree import Kind, check_name, split_path
 
     *directories, name = split_path(request.image) or [""]
@@ -155,13 +155,13 @@ async def _place(volume: Volume, request: Request) -> tuple[bytes, str]:
                 raise NotFoundError(f"{path}: no such directory in the volume; add --parents to make it") from error
             parent = await volume.mkdir(parent.node_id, directory)
     if parent.kind is not Kind.DIRECTORY:
-        raise NotADirectoryError_(f"{'/'.join(directories)}: is an image, not a directory")
+        raise NotDirectoryError(f"{'/'.join(directories)}: is an image, not a directory")
     try:
         found = await volume.catalog.lookup(parent.node_id, name)
     except NotFoundError:
         return parent.node_id, name
     if found.kind is Kind.DIRECTORY:
-        raise IsADirectoryError_(f"{request.image}: is a directory of the volume; name the image, as in {request.image.rstrip('/')}/NAME")
+        raise IsDirectoryError(f"{request.image}: is a directory of the volume; name the image, as in {request.image.rstrip('/')}/NAME")
     if not request.replace:
         raise ExistsError(f"{request.image}: exists already; choose another name, or add --replace")
     return parent.node_id, name

@@ -13,7 +13,7 @@ import click
 from novafs.cli import common
 from novafs.cli.common import Settings
 from novafs.config import Config
-from novafs.errors import IsADirectoryError_
+from novafs.errors import IsDirectoryError
 from novafs.units import format_size
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def info(volume: str, image: str | None, show_settings: bool, as_json: bool, set
     if show_settings:
         _show_settings(config, as_json)
         return
+    config = common.without_l2(config)
     document = common.run(_image_info, config, image) if image is not None else common.run(_volume_info, config)
     if as_json:
         common.emit_json(document)
@@ -62,7 +63,7 @@ async def _image_info(config: Config, path: str) -> dict[str, Any]:
     async with open_volume(config, read_only=True) as volume:
         entry = await volume.catalog.resolve(path)
         if entry.kind is Kind.DIRECTORY:
-            raise IsADirectoryError_(f"{path or '/'}: is a directory; 'novafs ls' lists it")
+            raise IsDirectoryError(f"{path or '/'}: is a directory; 'novafs ls' lists it")
         image = await volume.open_image(entry.node_id)
         try:
             figures = asdict(await image.statistics())

@@ -36,7 +36,7 @@ def ls(volume: str, path: str, human: bool, as_json: bool, settings: Settings) -
 
     The columns are mode, owner, group, size, bytes really stored, time of the last change, name.
     """
-    rows = common.run(_list, settings.load(volume), path)
+    rows = common.run(_list, common.without_l2(settings.load(volume)), path)
     if as_json:
         common.emit_json(rows)
         return

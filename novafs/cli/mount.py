@@ -19,7 +19,7 @@ from novafs.config import Config
 from novafs.configkeys import redact
 from novafs.errors import BugError, MountError, NovaError
 from novafs.mountoptions import MountOptions, parse_mount_options
-from novafs.mounttable import canonical
+from novafs.mounttable import NOVAFS_TYPE, canonical, mount_at
 from novafs.statedir import ExitRecord, MountRecord, StateLock
 
 _MOUNT_PACKAGE: Final = "novafs_mount"
@@ -33,7 +33,7 @@ _MOUNT_PACKAGE: Final = "novafs_mount"
     "options",
     metavar="OPTS",
     multiple=True,
-    help="allow_other, ro, uid=, gid=, umask=, fsname=, nonempty, or any setting: l1_capacity=8G.",
+    help="allow_other, ro, uid=, gid=, umask=, fsname=, busy_timeout=, nonempty, or any setting: l1_capacity=8G.",
 )
 @click.option("-f", "--foreground", is_flag=True, help="Stay on the terminal instead of becoming a daemon.")
 @common.volume_options
@@ -68,10 +68,26 @@ def _check(directory: str, options: MountOptions, *, nonempty: bool) -> Path:
     """Whether it can be mounted there. Raises MountError that says what to do."""
     if "\0" in directory:
         raise MountError(f"mount point {directory!r}: no path has a NUL character in it")
-    path: Path = _mount_module("mountpoint").prepare(Path(directory), allow_other=options.allow_other)
-    if not nonempty and any(os.scandir(path)):
+    mountpoint = _mount_module("mountpoint")
+    _detach_dead(mountpoint, directory)
+    path: Path = mountpoint.prepare(Path(directory), allow_other=options.allow_other)
+    if not nonempty and any(path.iterdir()):
         raise MountError(f"mount point {path} is not empty: a mount would hide what is in it; choose another, or add -o nonempty")
     return Path(canonical(path))
+
+
+def _detach_dead(mountpoint: Any, directory: str) -> None:
+    """Take away a mount of ours whose daemon has died.
+
+    The lock tells it at once. Asking the mount does not: for a moment the kernel goes on answering from its caches.
+    """
+    path = canonical(directory)
+    found = mount_at(path)
+    if found is not None and found.fstype == NOVAFS_TYPE:
+        record = statedir.find_record(path, fuse_uid=found.fuse_uid)
+        if record is not None and statedir.holder(Path(record.state_dir)) != record.pid:
+            common.say(f"{path} is the mount of a daemon that has died (process {record.pid}): detaching it")
+            mountpoint.unmount(Path(path), lazy=True)
 
 
 def _mount_module(name: str) -> Any:

@@ -9,7 +9,7 @@ import click
 from novafs.cli import common
 from novafs.cli.common import Settings
 from novafs.config import Config
-from novafs.errors import IsADirectoryError_
+from novafs.errors import IsDirectoryError
 
 if TYPE_CHECKING:
     from novafs.catalogtree import Entry
@@ -27,7 +27,7 @@ def rm(volume: str, images: tuple[str, ...], recursive: bool, settings: Settings
     All of them are looked up before the first is removed, so a wrong name removes nothing. A host that has one open goes on
     reading it.
     """
-    for path in common.run(_remove, settings.load(volume), images, recursive):
+    for path in common.run(_remove, common.without_l2(settings.load(volume)), images, recursive):
         common.emit(f"removed {common.printable(path)}")
 
 
@@ -42,7 +42,7 @@ async def _remove(config: Config, images: tuple[str, ...], recursive: bool) -> l
                 what = (
                     "is the volume's root directory" if entry.node_id == ROOT_ID else "is a directory; add -r to remove it with all in it"
                 )
-                raise IsADirectoryError_(f"{path}: {what}")
+                raise IsDirectoryError(f"{path}: {what}")
         removed: list[str] = []
         for entry in entries.values():
             await _remove_entry(volume, entry, removed)

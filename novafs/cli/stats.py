@@ -32,11 +32,11 @@ def stats(target: str, as_json: bool, settings: Settings) -> None:
     if state_dir is None:
         config = settings.load(target)
         state_dir = config.state_dir if statedir.holder(config.state_dir) is not None else None
-    document = common.run(_unmounted, config) if state_dir is None else _ask(state_dir)
+    document = common.run(_unmounted, common.quiet_l2(config)) if state_dir is None else _ask(state_dir)
     if as_json:
         common.emit_json(document)
     else:
-        for line in render(document):
+        for line in [*summary(document), "", *render(document)]:
             common.emit(line)
 
 
@@ -71,6 +71,27 @@ async def _unmounted(config: Config) -> dict[str, Any]:
         return {**volume.statistics(), "usage": asdict(usage), "mounted": False}
 
 
+def summary(document: dict[str, Any]) -> list[str]:
+    """The figures that one looks for first: which tier served how many chunks, and what is not stored yet."""
+    cache = document.get("cache", {})
+    served = [
+        (title, int(cache.get(name, {}).get("hits", 0))) for title, name in (("L1", "l1"), ("L2", "l2_traffic"), ("L3", "l3_traffic"))
+    ]
+    total = sum(hits for _, hits in served)
+    shares = ", ".join(f"{title} {hits:,} ({hits / total:.1%})" if total else f"{title} {hits}" for title, hits in served)
+    mount = document.get("mount")
+    where = (
+        f"mounted at {common.printable(str(mount.get('mountpoint')))} by process {mount.get('pid')}"
+        if mount
+        else "not mounted on this host"
+    )
+    return [
+        f"{common.printable(str(document.get('volume', {}).get('url')))}, {where}",
+        f"chunks served from {shares}",
+        f"written and not stored yet: {format_size(document.get('dirty_bytes', 0))}",
+    ]
+
+
 def render(document: dict[str, Any], indent: str = "") -> list[str]:
     """A statistics document as lines for people. Units are told by the ends of the names, as everywhere in NovaFS."""
     plain = {name: value for name, value in document.items() if not isinstance(value, (dict, list))}
@@ -100,8 +121,10 @@ def _value(name: str, value: object) -> str:
         return common.printable(str(value))
     if name.endswith("bytes") or name in ("chunk_size", "size"):
         return format_size(value)
-    if name.endswith("_s"):
+    if name.endswith("_s") or name == "seconds":
         return format_duration(value)
     if name.endswith(("_rate", "_share")):
         return f"{value:.1%}"
+    if name in ("pid", "format"):
+        return str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.2f}"

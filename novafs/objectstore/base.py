@@ -86,5 +86,5 @@ class ObjectStore(ABC):
         for name in names:
             self.delete(name)
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  # a store without connections has nothing to give back
         """Give back connections. The store is not used after."""

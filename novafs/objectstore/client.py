@@ -147,6 +147,7 @@ class StoreClient:
         counters.calls += 1
         pause_s = self._backoff_first_s
         last: RetryableError | None = None
+        repeated = False
         try:
             while True:
                 # Made anew for each attempt: a thread that was left behind keeps its own.
@@ -158,15 +159,16 @@ class StoreClient:
                         last = error
                     finally:
                         counters.requests += attempt.started
+                        counters.retries += attempt.started and repeated
                 if last is None or scope.cancelled_caught:
-                    raise self._too_late(operation, name, started=attempt.started) from last
+                    raise self._too_late(operation, name, last, started=attempt.started) from last
                 # Jitter: hosts that failed together shall not come back together.
                 rest_s = pause_s * random.uniform(0.5, 1)  # noqa: S311 - no secret
                 if trio.current_time() + rest_s >= deadline:
                     raise last
                 await trio.sleep(rest_s)
                 pause_s = min(2 * pause_s, self._backoff_max_s)
-                counters.retries += 1
+                repeated = True
         except NovaError as error:
             kind = type(error).__name__
             counters.errors[kind] = counters.errors.get(kind, 0) + 1
@@ -174,12 +176,13 @@ class StoreClient:
         finally:
             counters.seconds += trio.current_time() - began
 
-    def _too_late(self, operation: str, name: str, *, started: bool) -> StoreUnavailableError:
+    def _too_late(self, operation: str, name: str, last: RetryableError | None, *, started: bool) -> StoreUnavailableError:
         if started:
             what = "no answer"
         else:
             what = f"{self._limiter.borrowed_tokens} earlier requests still wait for their answers, so it was not begun"
-        return StoreUnavailableError(f"{self.url}: {operation} {name}: {what} within io_timeout_s = {self.io_timeout_s:g} s")
+        before = f"; before that: {last}" if last is not None else ""
+        return StoreUnavailableError(f"{self.url}: {operation} {name}: {what} within io_timeout_s = {self.io_timeout_s:g} s{before}")
 
 
 class _Attempt(Generic[T]):

@@ -109,6 +109,8 @@ def from_exception(error: Exception, *, doing: str, url: str, name: str | None =
             return StoreDeniedError(f"{says}: {NO_CREDENTIALS}")
         case boto.PartialCredentialsError() | boto.CredentialRetrievalError() | boto.TokenRetrievalError() | boto.SSOError():
             return StoreDeniedError(f"{says}: {error}; {_CREDENTIALS_HELP}")
+        case boto.SSLError() if "X509" in str(error):
+            return ConfigError(f"{says}: {error}; ca_bundle= of the volume's URL must name a file of certificates as PEM")
         case boto.SSLError() if "CERTIFICATE_VERIFY_FAILED" in str(error):
             return StoreDeniedError(f"{says}: {error}; give the authority's certificates with ca_bundle= in the volume's URL")
         case (

@@ -89,7 +89,7 @@ def parse_store_url(url: str) -> StoreUrl:
     if "\0" in url:
         raise ConfigError("a volume's URL has a NUL character in it; no path or bucket can have one")
     if url in (".", "..") or url.startswith(("/", "./", "../")):
-        return FileUrl(Path(os.path.abspath(url)))  # noqa: PTH100 - resolve() would follow links that may change
+        return FileUrl(_absolute(url))
     match = _SCHEME.match(url)
     if match is None:
         raise ConfigError(f"{_quoted(url)} is no volume's URL: write ./{_bare(url)} for a directory, or s3://BUCKET/PREFIX")
@@ -162,7 +162,12 @@ def _parse_file(parts: SplitResult) -> FileUrl:
     path = unquote(parts.path)
     if not path.startswith("/") or "\0" in path:
         raise ConfigError("a file:// URL needs an absolute path: file:///var/lib/novafs/v")
-    return FileUrl(Path(os.path.abspath(path)))  # noqa: PTH100
+    return FileUrl(_absolute(path))
+
+
+def _absolute(path: str) -> Path:
+    # Not resolve(), which would follow links that may change. POSIX lets two leading slashes mean something; Linux does not.
+    return Path("/" + os.path.abspath(path).lstrip("/"))  # noqa: PTH100
 
 
 def _parse_s3(parts: SplitResult) -> S3Url:
@@ -262,7 +267,7 @@ def _nearest(word: str, known: Iterable[str]) -> str:
 
 
 def _bare(url: str) -> str:
-    return "DIRECTORY" if "@" in url or len(url) > 60 else url
+    return "DIRECTORY" if "@" in url or _SECRET_KEY.search(url) or len(url) > 60 else url
 
 
 def _quoted(url: str) -> str:

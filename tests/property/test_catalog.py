@@ -15,8 +15,8 @@ from novafs.catalogtree import ROOT_ID, Kind
 from novafs.errors import (
     ExistsError,
     InvalidNameError,
-    IsADirectoryError_,
-    NotADirectoryError_,
+    IsDirectoryError,
+    NotDirectoryError,
     NotEmptyError,
     NotFoundError,
     UserError,
@@ -43,7 +43,7 @@ class Model:
             if found is None:
                 return NotFoundError
             if found != "dir":
-                return NotADirectoryError_
+                return NotDirectoryError
         return None
 
     def below(self, path: Path_) -> list[Path_]:
@@ -88,7 +88,7 @@ class CatalogMachine(RuleBasedStateMachine):
     async def _parent(volume: Volume, path: Path_) -> bytes:
         entry = await volume.catalog.resolve("/".join(path[:-1]))
         if entry.kind is not Kind.DIRECTORY:
-            raise NotADirectoryError_("model")
+            raise NotDirectoryError("model")
         return entry.node_id
 
     async def _create(self, volume: Volume, path: Path_) -> bytes:
@@ -120,9 +120,9 @@ class CatalogMachine(RuleBasedStateMachine):
             if found is None:
                 expected = NotFoundError
             elif directory and found != "dir":
-                expected = NotADirectoryError_
+                expected = NotDirectoryError
             elif not directory and found == "dir":
-                expected = IsADirectoryError_
+                expected = IsDirectoryError
             elif directory and self.model.below(path):
                 expected = NotEmptyError
         self.attempt(host, expected, "remove", path, directory)
@@ -142,11 +142,11 @@ class CatalogMachine(RuleBasedStateMachine):
             elif path == new:
                 expected = None
             elif target == "dir" and source != "dir":
-                expected = IsADirectoryError_
+                expected = IsDirectoryError
             elif target == "dir" and self.model.below(new):
                 expected = NotEmptyError
             elif target is not None and target != "dir" and source == "dir":
-                expected = NotADirectoryError_
+                expected = NotDirectoryError
             elif source == "dir" and new[: len(path)] == path:
                 expected = InvalidNameError
         self.attempt(host, expected, "rename", path, new, replace)

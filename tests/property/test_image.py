@@ -99,7 +99,7 @@ class ImageMachine(RuleBasedStateMachine):
         generation = self.image.generation
         self.portal.run(both)
         self.model = after
-        if was_dirty and self.image.generation == generation + 1:
+        if was_dirty and self.image.generation > generation:
             self.committed = bytearray(before)
 
     @precondition(lambda self: not self.image.dirty)

@@ -9,6 +9,7 @@ from pathlib import Path
 from novafs.config import load_config
 from novafs.objectstore.client import StoreClient
 from novafs.objectstore.url import create_root, open_store
+from novafs.statedir import StateLock
 from novafs.volume import Volume, init_volume, open_volume
 
 FLAGS = {"l2.url": "none", "l1.capacity": "64MiB"}
@@ -30,8 +31,13 @@ async def opened(url: str, state_dir: Path, *, read_only: bool = False, **flags:
     """The volume at `url`; `flags` are configuration keys with `__` for the dot."""
     given = {**FLAGS, "state_dir": str(state_dir), **{key.replace("__", "."): value for key, value in flags.items()}}
     config = load_config(url, flags=given, environ={})
-    async with open_volume(config, read_only=read_only) as volume:
-        yield volume
+    state_dir.mkdir(parents=True, exist_ok=True)
+    lock = StateLock.take(state_dir, mountpoint="tests")
+    try:
+        async with open_volume(config, read_only=read_only, owns_state=True) as volume:
+            yield volume
+    finally:
+        lock.release()
 
 
 @asynccontextmanager

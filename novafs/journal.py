@@ -1,0 +1,249 @@
+"""The write journal of a volume on this host: what makes `fsync` true before a generation holds the data (design 6).
+
+    sequence = journal.next_sequence()      at each write or resize, in the order they were issued
+    await journal.append(records)           returns when they would survive a power cut
+    journal.committed(image_id, sequence)   a generation holds everything of the image up to there: trim
+
+All callers of `append` that wait at one moment share one fdatasync. Promised: when `append` returns, every record is
+on the device; when it raises, the caller keeps the data and may call again. A failed fdatasync is never repeated on
+the same file (the kernel may have dropped the pages): the segment is given up and the records go to another one.
+A segment is used again only when no image needs anything in it, which a crash in between turns into a segment whose
+records are all behind the heads' sequences: replay passes them by.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import secrets
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import trio
+
+from novafs import durable
+from novafs import journalfile as files
+from novafs.asynctools import GroupCommit
+from novafs.durable import FileOps
+from novafs.errors import ObjectCorruptError, PermanentError, StoreFullError
+from novafs.journalfile import Record, Segment, SegmentHeader
+
+log = logging.getLogger(__name__)
+
+ID_FILE: Final = "id"
+SPARES_MAX: Final = 4
+_FULL: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@dataclass(frozen=True, slots=True)
+class JournalStatistics:
+    """records and syncs since it was opened; bytes on disk of segments that are needed; segments likewise."""
+
+    records: int
+    syncs: int
+    written_bytes: int
+    segments: int
+    segment_bytes: int
+
+
+class _Open:
+    """The segment that takes records: where the next goes, and what it holds."""
+
+    __slots__ = ("fd", "header", "path", "position", "synced")
+
+    def __init__(self, fd: int, header: SegmentHeader, path: Path) -> None:
+        self.fd = fd
+        self.header = header
+        self.path = path
+        self.position = files.HEADER_BYTES
+        self.synced = files.HEADER_BYTES
+
+
+class Journal:
+    """One per volume and host; its directory is owned through the state directory's lock. On the trio thread alone."""
+
+    def __init__(self, directory: Path, journal_id: bytes, found: Sequence[Segment], *, ops: FileOps = durable.SYSTEM) -> None:
+        self.directory = directory
+        self.journal_id = journal_id
+        self._ops = ops
+        self._limiter = trio.CapacityLimiter(1)  # its own: hung store calls never starve an fdatasync
+        self._group: GroupCommit[Sequence[Record]] = GroupCommit(self._write)
+        self._current: _Open | None = None
+        self._spares = sorted(directory.glob(f"*{files.SPARE_SUFFIX}"))
+        # path -> image id -> highest sequence in it; Invariant: a segment leaves only when this is empty.
+        self._needed: dict[Path, dict[bytes, int]] = {}
+        self._number = 1
+        self._sequence = 0
+        self._records = self._syncs = self._written = 0
+        for segment in found:
+            self._number = max(self._number, segment.header.number + 1)
+            last: dict[bytes, int] = {}
+            for record in segment.records:
+                last[record.image_id] = max(last.get(record.image_id, 0), record.sequence)
+                self._sequence = max(self._sequence, record.sequence)
+            self._needed[segment.path] = last
+
+    @classmethod
+    def open(cls, directory: Path, *, ops: FileOps = durable.SYSTEM) -> tuple[Journal, list[Segment]]:
+        """The journal in a directory, made where there is none, and the segments that wait for replay. Blocking.
+
+        Raises ObjectCorruptError where the id file is damaged, OSError.
+        """
+        durable.make_dirs(directory, ops=ops)
+        id_path = directory / ID_FILE
+        if not id_path.exists():
+            with contextlib.suppress(FileExistsError):
+                durable.write_new(id_path, secrets.token_hex(16).encode(), ops=ops)
+        try:
+            journal_id = bytes.fromhex(id_path.read_text())
+        except ValueError as error:
+            raise ObjectCorruptError(
+                f"{id_path}: holds no journal id; move the directory aside and mount again, then see 'novafs fsck'"
+            ) from error
+        segments = [s for s in files.read_segments(directory) if s.header.journal_id == journal_id]
+        return cls(directory, journal_id, segments, ops=ops), segments
+
+    def next_sequence(self) -> int:
+        """The number of the next write of any image."""
+        self._sequence += 1
+        return self._sequence
+
+    def advance(self, sequence: int) -> None:
+        """Later numbers are higher than this one: a head may know a higher one than the segments that are left."""
+        self._sequence = max(self._sequence, sequence)
+
+    async def append(self, records: Sequence[Record]) -> None:
+        """Make records durable. Raises StoreFullError (the local disk), PermanentError; nothing of them counts then."""
+        if records:
+            await self._group.submit(records)
+
+    async def _write(self, batches: list[Sequence[Record]]) -> None:
+        queue = [part for batch in batches for record in batch for part in _split(record)]
+        while queue:
+            try:
+                queue = await self._write_some(queue)
+            except OSError as error:
+                first = error
+            else:
+                continue
+            # The segment is given up: what was synced in it stays needed, its tail may be torn.
+            log.warning("journal %s: %s; going on in a new segment", self.directory, first)
+            self._give_up()
+            try:
+                queue = await self._write_some(queue)
+            except OSError as error:
+                self._give_up()
+                raise _error(self.directory, error) from error
+
+    async def _write_some(self, queue: list[Record]) -> list[Record]:
+        """Write as many as the segment takes, and sync; those that are left."""
+        size = files.RECORD_BYTES + len(queue[0].data)
+        if self._current is None or self._current.position + size > files.SEGMENT_BYTES:
+            await self._start()
+        current = self._current
+        assert current is not None
+        parts: list[bytes] = []
+        end = current.position
+        count = 0
+        for record in queue:
+            size = files.RECORD_BYTES + len(record.data)
+            if end + size > files.SEGMENT_BYTES:
+                break
+            parts += files.encode_record(record, current.header.seed, current.synced)
+            end += size
+            count += 1
+        # Noted before the write: a segment that may hold a record is not given away under it.
+        last = self._needed[current.path]
+        for record in queue[:count]:
+            last[record.image_id] = max(last.get(record.image_id, 0), record.sequence)
+        await trio.to_thread.run_sync(lambda: files.append(current.fd, current.position, parts, ops=self._ops), limiter=self._limiter)
+        self._written += end - current.position
+        self._records += count
+        self._syncs += 1
+        current.position = current.synced = end
+        return queue[count:]
+
+    async def _start(self) -> None:
+        self._close_current()
+        number, self._number = self._number, self._number + 1
+        spare = self._spares.pop() if self._spares else None
+        fd, header, path = await trio.to_thread.run_sync(
+            lambda: files.start_segment(self.directory, self.journal_id, number, spare, ops=self._ops), limiter=self._limiter
+        )
+        self._current = _Open(fd, header, path)
+        self._needed[path] = {}
+        self._recycle()
+
+    def _give_up(self) -> None:
+        self._spares.clear()  # a full or failing disk: start from a file that was written whole
+        self._close_current()
+
+    def _close_current(self) -> None:
+        if self._current is not None:
+            current, self._current = self._current, None
+            self._ops.close(current.fd)
+
+    def committed(self, image_id: bytes, sequence: int) -> None:
+        """Everything of an image up to `sequence` is in a committed generation, or was set aside."""
+        for last in self._needed.values():
+            if last.get(image_id, sequence + 1) <= sequence:
+                del last[image_id]
+        self._recycle()
+
+    def _recycle(self) -> None:
+        for path, last in list(self._needed.items()):
+            if last or (self._current is not None and path == self._current.path):
+                continue
+            del self._needed[path]
+            # Neither call needs to be durable: a segment that comes back after a crash holds nothing that replay takes.
+            try:
+                if len(self._spares) < SPARES_MAX and path.stat().st_size == files.SEGMENT_BYTES:
+                    spare = path.with_suffix(files.SPARE_SUFFIX)
+                    self._ops.rename(path, spare)
+                    self._spares.append(spare)
+                else:
+                    self._ops.unlink(path)
+            except OSError as error:
+                log.warning("journal segment %s could not be given back: %s", path, error)
+
+    def set_aside(self, name: str, records: Iterable[Record]) -> Path:
+        """Keep an image's records in a file of their own under `aside/`, durable; its path. Blocking; for replay."""
+        directory = self.directory.parent / "aside"
+        durable.make_dirs(directory, ops=self._ops)
+        seed = secrets.randbits(64)
+        content = bytearray(files.encode_header(SegmentHeader(self.journal_id, 0, seed)))
+        for record in records:
+            for part in _split(record):
+                content += b"".join(files.encode_record(part, seed, 0))
+        path = directory / f"{name}-{secrets.token_hex(4)}{files.SUFFIX}"
+        durable.write_new(path, bytes(content), ops=self._ops)
+        return path
+
+    def statistics(self) -> JournalStatistics:
+        """Counts and sizes as of now."""
+        return JournalStatistics(self._records, self._syncs, self._written, len(self._needed), len(self._needed) * files.SEGMENT_BYTES)
+
+    def close(self) -> None:
+        """Close the open segment; nothing is lost by it, nor by not calling it."""
+        self._close_current()
+
+
+def _split(record: Record) -> list[Record]:
+    if len(record.data) <= files.PAYLOAD_MAX:
+        return [record]
+    view = memoryview(record.data)
+    return [
+        record._replace(offset=record.offset + at, data=bytes(view[at : at + files.PAYLOAD_MAX]))
+        for at in range(0, len(view), files.PAYLOAD_MAX)
+    ]
+
+
+def _error(directory: Path, error: OSError) -> PermanentError:
+    if error.errno in _FULL:
+        return StoreFullError(
+            f"journal {directory}: no space left on its file system; make room there: until then fsync fails and nothing new is promised"
+        )
+    return PermanentError(f"journal {directory}: can not be written ({error}); what was fsynced before is safe, check the disk")

@@ -1,0 +1,334 @@
+"""Leases: the right to write an image, one holder at a time over all hosts (design 5.4).
+
+`leases/<image id>/` is a chain of revisions (`novafs.revisions`); the number is the epoch. Whoever creates the next
+epoch holds the lease, or has released it:
+
+    held       holder, its journal, its rules of takeover; the holder alone rewrites it, with a new heartbeat
+    released   nobody holds it
+
+A release is an epoch of its own, not a rewrite, so that a heartbeat which was sent before the release and arrives
+after it changes an object that no longer matters. A heartbeat lists for a higher epoch first: a holder that finds one
+is superseded, for good. The highest epoch is never deleted.
+
+A lease that was not released is taken over at once by the journal that holds it (this host, after a crash). Others
+take it over by themselves only where nothing that was promised can be lost by it: the holder's durability is "store",
+or its takeover is "auto", and its heartbeat did not change for `ttl_s` counted between answers of the store, by the
+observer's own clock. Else an operator breaks it (`novafs lease break`).
+
+Times are CLOCK_BOOTTIME: a host that slept must not believe that its heartbeat is recent.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import msgspec
+import trio
+
+from novafs.errors import LeaseHeldError, LeaseLostError, NovaError, ObjectCorruptError, ObjectNotFoundError
+from novafs.generation import HOST
+from novafs.objectstore.client import StoreClient
+from novafs.record import seal, unseal
+from novafs.revisions import Chain, ConflictError, Head, boot_time_s, new_nonce, revision_name
+
+log = logging.getLogger(__name__)
+
+KIND: Final = b"LEAS"
+VERSION: Final = 1
+PREFIX: Final = "leases/"
+WANTS_PREFIX: Final = "wants/"
+POLL_S: Final = 0.5
+MARGIN: Final = 0.25
+"""Share of the ttl that a holder under takeover "auto" keeps as a margin: it stops acknowledging that much before."""
+
+
+class LeaseRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One epoch. image_id, journal_id, nonce, heartbeat: 16 bytes; released: nobody holds it; acknowledged: journals
+    that want the lease and were answered, so the holder commits every fsync to the store (design 6, live migration)."""
+
+    image_id: bytes
+    counter: int
+    nonce: bytes
+    predecessor: bytes = b""
+    journal_id: bytes = b""
+    host: str = ""
+    released: bool = False
+    heartbeat: bytes = b""
+    ttl_s: float = 0.0
+    durability: str = "journal"
+    takeover: str = "manual"
+    acknowledged: list[bytes] = []
+
+    @property
+    def epoch(self) -> int:
+        """Counts a lease's holders."""
+        return self.counter
+
+    @property
+    def may_expire(self) -> bool:
+        """Whether another host may take it over by itself when the heartbeat stops."""
+        return self.durability == "store" or self.takeover == "auto"
+
+
+class WantRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """Another host asks for the lease. journal_id: 16 bytes; nonce: new for each request."""
+
+    image_id: bytes
+    journal_id: bytes
+    host: str
+    nonce: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseRules:
+    """ttl_s: how long a heartbeat counts; wait_s: how long a writer waits for a lease that another host holds."""
+
+    durability: str = "journal"
+    takeover: str = "manual"
+    ttl_s: float = 30.0
+    wait_s: float = 5.0
+
+
+def lease_prefix(image_id: bytes) -> str:
+    """Where an image's epochs lie."""
+    return f"{PREFIX}{image_id.hex()}/"
+
+
+def want_name(image_id: bytes, journal_id: bytes) -> str:
+    """The object by which a host asks for a lease."""
+    return f"{WANTS_PREFIX}{image_id.hex()}/{journal_id.hex()}"
+
+
+def lease_chain(client: StoreClient, image_id: bytes) -> Chain[LeaseRecord]:
+    """The chain of an image's epochs."""
+
+    def decode(data: bytes, name: str) -> LeaseRecord:
+        found = unseal(KIND, VERSION, data, LeaseRecord, name)
+        if found.image_id != image_id:
+            raise ObjectCorruptError(f"{name}: is a lease of image {found.image_id.hex()}; run 'novafs fsck'")
+        return found
+
+    return Chain(client, lease_prefix(image_id), encode=lambda r: seal(KIND, VERSION, r), decode=decode)
+
+
+class Lease:
+    """A held lease. `lost` once a higher epoch was seen; then nothing may be written under it ever again."""
+
+    def __init__(self, chain: Chain[LeaseRecord], head: Head[LeaseRecord], client: StoreClient, clock_s: Callable[[], float]) -> None:
+        self._chain = chain
+        self._head = head
+        self._client = client
+        self._clock_s = clock_s
+        self._lock = trio.Lock()
+        self.sent_s = head.read_s
+        """Boot time before the last heartbeat that was answered was sent: the lease is surely ours until sent_s + ttl."""
+        self.lost = False
+        self.released = False
+        self.asked = False
+        """Set before a want is acknowledged: from then on fsyncs reach the store, so that none is missed in between."""
+
+    @property
+    def record(self) -> LeaseRecord:
+        """The epoch as last written."""
+        return self._head.record
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that generations and journal records carry."""
+        return self._head.record.counter
+
+    @property
+    def wanted(self) -> bool:
+        """Whether another host asked and was answered: every fsync must reach the store before it returns."""
+        return self.asked or bool(self._head.record.acknowledged)
+
+    def check(self) -> None:
+        """Raise LeaseLostError where nothing may be acknowledged under this lease now."""
+        record = self._head.record
+        if self.lost:
+            raise LeaseLostError(f"image {record.image_id.hex()}: the lease (epoch {record.epoch}) went to another host")
+        if record.takeover == "auto" and self._clock_s() - self.sent_s > record.ttl_s * (1 - MARGIN):
+            raise LeaseLostError(
+                f"image {record.image_id.hex()}: no heartbeat was answered for {self._clock_s() - self.sent_s:.0f} s, a host may have "
+                f"taken the lease over; nothing is acknowledged until the store answers"
+            )
+
+    async def heartbeat(self, *, acknowledge: list[bytes] | None = None) -> None:
+        """Look for a higher epoch, then write a new heartbeat. Raises LeaseLostError, and what the store raises."""
+        async with self._lock:
+            if self.released:
+                return
+            self._raise_lost(await self._chain.head_counter())
+            sent_s = self._clock_s()
+            record = msgspec.structs.replace(
+                self._head.record,
+                heartbeat=new_nonce(),
+                acknowledged=self._head.record.acknowledged if acknowledge is None else acknowledge,
+            )
+            await self._client.put(revision_name(self._chain.prefix, record.counter), seal(KIND, VERSION, record))
+            # What was written just before may have been written past a takeover that the listing did not see yet.
+            self._raise_lost(await self._chain.head_counter())
+            self._head = Head(record, sent_s)
+            self.sent_s = sent_s
+
+    def _raise_lost(self, newest: int | None) -> None:
+        if newest != self.epoch:
+            self.lost = True
+            raise LeaseLostError(
+                f"image {self.record.image_id.hex()}: epoch {self.epoch} of the lease was followed by {newest}: another host has it now"
+            )
+
+    async def release(self) -> None:
+        """Give it back: everything written under it is committed. No error where it was lost meanwhile."""
+        async with self._lock:
+            if self.released or self.lost:
+                return
+            record = LeaseRecord(
+                image_id=self.record.image_id,
+                counter=self.epoch + 1,
+                nonce=new_nonce(),
+                predecessor=self.record.nonce,
+                journal_id=self.record.journal_id,
+                host=HOST,
+                released=True,
+            )
+            try:
+                await self._chain.commit(self._head, record)
+            except ConflictError:
+                self.lost = True
+                return
+            self.released = True
+
+
+class LeaseManager:
+    """Takes leases for one journal. `clock_s` is replaced in tests."""
+
+    def __init__(
+        self,
+        client: StoreClient,
+        journal_id: bytes,
+        rules: LeaseRules,
+        *,
+        clock_s: Callable[[], float] = boot_time_s,
+        poll_s: float = POLL_S,
+    ) -> None:
+        self._client = client
+        self._journal_id = journal_id
+        self.rules = rules
+        self._clock_s = clock_s
+        self._poll_s = poll_s
+
+    async def acquire(self, image_id: bytes, name: str) -> Lease:
+        """The lease of an image, waiting `rules.wait_s` for a holder to give it up. Raises LeaseHeldError that names the holder."""
+        chain = lease_chain(self._client, image_id)
+        deadline_s = self._clock_s() + self.rules.wait_s
+        wanted = False
+        # Epoch and heartbeat last seen, and when an answer of the store first showed them: `ttl_s` counts from there.
+        seen: tuple[int, bytes, float] | None = None
+        alive = False
+        try:
+            while True:
+                head = await chain.head()
+                answered_s = self._clock_s()
+                record = head.record if head is not None else None
+                if record is None or record.released or record.journal_id == self._journal_id or self._expired(record, seen, answered_s):
+                    lease = await self._take(chain, head)
+                    if lease is not None:
+                        return lease
+                    continue
+                if seen is None or seen[:2] != (record.counter, record.heartbeat):
+                    alive = seen is not None
+                    seen = (record.counter, record.heartbeat, answered_s)
+                if not wanted:
+                    want = WantRecord(image_id=image_id, journal_id=self._journal_id, host=HOST, nonce=new_nonce())
+                    await self._client.put(want_name(image_id, self._journal_id), seal(b"WANT", VERSION, want))
+                    wanted = True
+                # A holder that may expire is waited for until its heartbeat has shown that it lives.
+                if answered_s >= deadline_s and (alive or not record.may_expire):
+                    raise LeaseHeldError(_held(name, record))
+                await trio.sleep(self._poll_s)
+        finally:
+            if wanted:
+                with trio.move_on_after(5, shield=True):
+                    await self._withdraw(image_id)
+
+    async def _withdraw(self, image_id: bytes) -> None:
+        try:
+            await self._client.delete(want_name(image_id, self._journal_id))
+        except NovaError as error:
+            log.warning("the request for the lease of image %s stays behind: %s", image_id.hex(), error)
+
+    def _expired(self, record: LeaseRecord, seen: tuple[int, bytes, float] | None, now_s: float) -> bool:
+        same = seen is not None and seen[:2] == (record.counter, record.heartbeat)
+        return record.may_expire and same and seen is not None and now_s - seen[2] > record.ttl_s
+
+    async def _take(self, chain: Chain[LeaseRecord], head: Head[LeaseRecord] | None) -> Lease | None:
+        image_id = bytes.fromhex(chain.prefix.split("/")[1])
+        sent_s = self._clock_s()
+        record = LeaseRecord(
+            image_id=image_id,
+            counter=head.record.counter + 1 if head is not None else 1,
+            nonce=new_nonce(),
+            predecessor=head.record.nonce if head is not None else b"",
+            journal_id=self._journal_id,
+            host=HOST,
+            heartbeat=new_nonce(),
+            ttl_s=self.rules.ttl_s,
+            durability=self.rules.durability,
+            takeover=self.rules.takeover,
+        )
+        try:
+            await chain.commit(head, record)
+        except ConflictError:
+            return None
+        return Lease(chain, Head(record, sent_s), self._client, self._clock_s)
+
+    async def wants(self) -> dict[bytes, list[bytes]]:
+        """Who asks for what: image id -> journal ids. One listing."""
+        found: dict[bytes, list[bytes]] = {}
+        for info in await self._client.list(WANTS_PREFIX):
+            parts = info.name.split("/")
+            try:
+                image_id, journal_id = bytes.fromhex(parts[1]), bytes.fromhex(parts[2])
+            except (IndexError, ValueError):
+                continue
+            if journal_id != self._journal_id:
+                found.setdefault(image_id, []).append(journal_id)
+        return found
+
+
+async def read_lease(client: StoreClient, image_id: bytes) -> LeaseRecord | None:
+    """The newest epoch of an image's lease, None where nobody ever held it."""
+    head = await lease_chain(client, image_id).head()
+    return head.record if head is not None else None
+
+
+async def break_lease(client: StoreClient, image_id: bytes) -> LeaseRecord | None:
+    """Take a lease from its holder, by an operator's decision: the epoch that was ended, None where nobody held it.
+
+    The holder, if it still lives, finds out at its next heartbeat or commit, and stops writing. What it acknowledged
+    and did not commit stays in its journal, aside.
+    """
+    chain = lease_chain(client, image_id)
+    while True:
+        head = await chain.head()
+        if head is None or head.record.released:
+            return None
+        record = LeaseRecord(
+            image_id=image_id, counter=head.record.counter + 1, nonce=new_nonce(), predecessor=head.record.nonce, host=HOST, released=True
+        )
+        try:
+            await chain.commit(head, record)
+        except (ConflictError, ObjectNotFoundError):
+            continue
+        return head.record
+
+
+def _held(name: str, record: LeaseRecord) -> str:
+    return (
+        f"{name}: host {record.host} (journal {record.journal_id.hex()[:12]}) holds the lease, epoch {record.epoch}, and keeps it; "
+        f"close the image there, or, where that host is dead for good, run 'novafs lease break' after reading what may be lost"
+    )

@@ -1,0 +1,282 @@
+"""Write-back: when dirty data is committed, how much of it there may be, and the leases it is written under.
+
+Data at risk (dirty bytes, age of the oldest) has a hard cap: at the cap, writers wait. Commits start at half of the
+cap, after `interval_s`, at fsync (durability "store") and at close; one that fails because the store is away is tried
+again until it succeeds. Leases are heart-beaten here; one that is found lost makes its image set aside what it has.
+
+Always holds: an image that is dirty, or holds a lease, is in `Volume.open_images`, handles or not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import trio
+
+from novafs import durable
+from novafs import journalfile as files
+from novafs.errors import LeaseLostError, NovaError, ReadOnlyError, RetryableError, StaleError
+from novafs.image import CommitTicket, Image
+from novafs.journal import Journal
+from novafs.journalfile import Record
+from novafs.lease import Lease, LeaseManager
+from novafs.packwriter import PackWriter
+
+log = logging.getLogger(__name__)
+
+LEASES_DIR: Final = "leases"
+COMMITS_MAX: Final = 4
+RETRY_S: Final = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class WritebackRules:
+    """dirty_max_bytes: the cap; interval_s: how old dirty data gets before it is committed; flush_timeout_s: what a close waits."""
+
+    durability: str = "journal"
+    dirty_max_bytes: int = 256 << 20
+    interval_s: float = 5.0
+    flush_timeout_s: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class DataAtRisk:
+    """bytes: of memory that is in no generation; age_s: of the oldest of them; images: how many are dirty."""
+
+    bytes: int
+    age_s: float
+    images: int
+
+
+class WritebackController:
+    """One per volume that may write. `images` gives the open images; `pack_writer` and `nursery` are the volume's."""
+
+    def __init__(
+        self,
+        rules: WritebackRules,
+        *,
+        journal: Journal | None,
+        leases: LeaseManager | None,
+        state_dir: Path,
+        images: Callable[[], Iterable[Image]],
+        pack_writer: Callable[[], contextlib.AbstractAsyncContextManager[PackWriter]],
+    ) -> None:
+        self.rules = rules
+        self.journal = journal
+        self.leases = leases
+        self._lease_files = state_dir / LEASES_DIR
+        self._images = images
+        self.pack_writer = pack_writer
+        self._nursery: trio.Nursery | None = None
+        self._dirty_bytes = 0
+        self._high = trio.Event()
+        self._room = trio.Event()
+        self._full_error: NovaError | None = None
+        self._commits = trio.CapacityLimiter(COMMITS_MAX)
+        self._committing: set[bytes] = set()
+        self.commits = 0
+        self.commit_errors = 0
+
+    # -- what images ask ----------------------------------------------------------------------------------------
+
+    @property
+    def durability(self) -> str:
+        """ "journal" or "store"."""
+        return self.rules.durability
+
+    @property
+    def flush_timeout_s(self) -> float:
+        """How long the close of a handle waits for the store."""
+        return self.rules.flush_timeout_s
+
+    def account_dirty(self, change: int) -> None:
+        """Dirty bytes of an image changed: wake the commits above half of the cap, and writers below it."""
+        self._dirty_bytes += change
+        if self._dirty_bytes > self.rules.dirty_max_bytes // 2:
+            self._high.set()
+        if self._dirty_bytes < self.rules.dirty_max_bytes:
+            self._full_error = None
+            self._room.set()
+
+    async def wait_dirty_room(self) -> bool:
+        """Wait while dirty bytes are at their cap; whether it waited. Raises the error of a commit that waiting can not mend."""
+        waited = False
+        while self._dirty_bytes >= self.rules.dirty_max_bytes:
+            if self._full_error is not None:
+                raise self._full_error
+            waited = True
+            self._room = trio.Event()
+            self._high.set()
+            await self._room.wait()
+        return waited
+
+    async def acquire_lease(self, image: Image) -> Lease:
+        """The right to write an image, noted on disk first: after a crash the next mount finds what it may give back."""
+        if self.leases is None:
+            raise ReadOnlyError(
+                f"{image.name}: this process has no journal, so it can not write images; use the mount, or one command at a time"
+            )
+        path = self._lease_files / image.node_id.hex()
+        await trio.to_thread.run_sync(_note_lease, path)
+        try:
+            return await self.leases.acquire(image.node_id, image.name)
+        except NovaError:
+            await trio.to_thread.run_sync(durable.remove, path)
+            raise
+
+    async def release_lease(self, lease: Lease) -> None:
+        """Give it back. Raises what the store raises; the note stays then, and the next mount tries again."""
+        await lease.release()
+        await self.forget_lease(lease.record.image_id)
+
+    async def forget_lease(self, image_id: bytes) -> None:
+        """The note of a lease is of no use any more."""
+        await trio.to_thread.run_sync(durable.remove, self._lease_files / image_id.hex())
+
+    def commit_soon(self, image: Image) -> CommitTicket:
+        """Start a commit in the background."""
+        ticket = CommitTicket()
+        if self._nursery is None:
+            raise StaleError(f"{image.name}: the volume is being closed")
+        self._nursery.start_soon(ticket.run, image)
+        return ticket
+
+    async def set_aside(self, image: Image, records: list[Record], error: NovaError) -> None:
+        """Keep what was written under a lost lease in a file under `aside/`, and say where."""
+        journal = self.journal
+        if journal is None:
+            return
+        contained = image.head.sequence if image.head.journal_id == journal.journal_id else 0
+
+        def keep() -> Path | None:
+            stored = [
+                r
+                for s in files.read_segments(journal.directory)
+                for r in s.records
+                if r.image_id == image.node_id and r.sequence > contained
+            ]
+            known = {r.sequence for r in stored}
+            every = sorted([*stored, *(r for r in records if r.sequence not in known)], key=lambda r: r.sequence)
+            return journal.set_aside(image.node_id.hex(), every) if every else None
+
+        path = await trio.to_thread.run_sync(keep)
+        journal.committed(image.node_id, journal.next_sequence())
+        log.error(
+            "%s: %s. What was written here and is in no generation is kept in %s; 'novafs fsck' tells what to do with it",
+            image.name,
+            error,
+            path,
+        )
+
+    # -- the background -----------------------------------------------------------------------------------------
+
+    @property
+    def at_risk(self) -> DataAtRisk:
+        """Data that the store does not have yet."""
+        since = [s for image in self._images() if (s := image.dirty_since_s) is not None]
+        return DataAtRisk(self._dirty_bytes, trio.current_time() - min(since) if since else 0.0, len(since))
+
+    async def run(self, nursery: trio.Nursery) -> None:
+        """Commit in the background and keep leases; for as long as the volume is open."""
+        self._nursery = nursery
+        nursery.start_soon(self._commit_by_age)
+        nursery.start_soon(self._commit_by_pressure)
+        if self.leases is not None:
+            nursery.start_soon(self._keep_leases, self.leases)
+
+    async def _commit_by_age(self) -> None:
+        pause_s = max(0.05, min(1.0, self.rules.interval_s / 4))
+        while True:
+            await trio.sleep(pause_s)
+            now = trio.current_time()
+            for image in list(self._images()):
+                since = image.dirty_since_s
+                if since is not None and (now - since >= self.rules.interval_s or not image.handles):
+                    self._start_commit(image)
+
+    async def _commit_by_pressure(self) -> None:
+        while True:
+            await self._high.wait()
+            self._high = trio.Event()
+            while self._dirty_bytes > self.rules.dirty_max_bytes // 2:
+                dirty = [i for i in self._images() if i.dirty and i.node_id not in self._committing]
+                if dirty:
+                    self._start_commit(max(dirty, key=lambda i: i.dirty_bytes))
+                await trio.sleep(0.01)
+
+    def _start_commit(self, image: Image) -> None:
+        if image.node_id not in self._committing and self._nursery is not None:
+            self._committing.add(image.node_id)
+            self._nursery.start_soon(self._commit, image)
+
+    async def _commit(self, image: Image) -> None:
+        try:
+            async with self._commits:
+                await image.commit()
+                self.commits += 1
+                self._full_error = None
+        except RetryableError as error:
+            self.commit_errors += 1
+            log.warning("%s: not committed yet, the store does not answer: %s", image.name, error)
+            await trio.sleep(RETRY_S)
+        except NovaError as error:
+            self.commit_errors += 1
+            log.error("%s: can not be committed: %s", image.name, error)
+            self._full_error = error
+            self._room.set()
+            await trio.sleep(RETRY_S)
+        finally:
+            self._committing.discard(image.node_id)
+
+    async def _keep_leases(self, leases: LeaseManager) -> None:
+        while True:
+            await trio.sleep(leases.rules.ttl_s / 3)
+            await self.beat(leases)
+
+    async def beat(self, leases: LeaseManager) -> None:
+        """One heartbeat of every lease; who asked for one is answered by it."""
+        held = [(image, image.lease) for image in list(self._images()) if image.lease is not None]
+        if not held:
+            return
+        wanted: dict[bytes, list[bytes]] = {}
+        with contextlib.suppress(RetryableError):
+            wanted = await leases.wants()
+        async with trio.open_nursery() as nursery:
+            for image, lease in held:
+                nursery.start_soon(partial(self._beat_one, image, lease, wanted.get(image.node_id, [])))
+
+    async def _beat_one(self, image: Image, lease: Lease | None, wanted: list[bytes]) -> None:
+        if lease is None:
+            return
+        try:
+            if wanted and not lease.wanted:
+                # From the acknowledgement on every fsync reaches the store first; what came before must be there as well.
+                lease.asked = True
+                await image.commit()
+            await lease.heartbeat(acknowledge=wanted)
+            lease.asked = bool(wanted)
+        except (LeaseLostError, StaleError) as error:
+            await image.lose_lease(error)
+        except NovaError as error:
+            log.warning("%s: no heartbeat of its lease: %s", image.name, error)
+
+    def noted_leases(self) -> list[bytes]:
+        """Images whose lease a process of this state directory held when it ended without giving it back. Blocking."""
+        found: list[bytes] = []
+        if self._lease_files.is_dir():
+            for path in self._lease_files.iterdir():
+                with contextlib.suppress(ValueError):
+                    found.append(bytes.fromhex(path.name))
+        return found
+
+
+def _note_lease(path: Path) -> None:
+    durable.make_dirs(path.parent)
+    with contextlib.suppress(FileExistsError):
+        durable.write_new(path, b"")

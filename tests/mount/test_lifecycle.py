@@ -1,0 +1,242 @@
+"""How a mount begins and ends: signals, unmounting from outside, death, and what stands in the way of a start."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import trio
+
+from novafs.control import call
+from novafs.mounttable import mount_at
+from novafs.statedir import CONTROL_SOCKET
+from tests.support.engine import make_volume
+from tests.support.mounted import Mount, mounted, running
+
+pytestmark = pytest.mark.fuse
+
+
+def new_volume(directory: Path) -> str:
+    return trio.run(lambda: make_volume(f"file://{directory / 'store'}"))
+
+
+def start(url: str, path: Path, directory: Path, *arguments: str) -> tuple[int, str]:
+    """A mount that is expected to fail: exit status and stderr."""
+    words = [sys.executable, "-m", "novafs.cli", "mount", url, str(path), "--foreground", "--state-dir", str(directory / "state")]
+    done = subprocess.run([*words, "--l2-url", "none", *arguments], capture_output=True, text=True, timeout=60)
+    return done.returncode, done.stderr
+
+
+def content_after(url: str, directory: Path, name: str) -> bytes:
+    with mounted(directory, url=url) as mount:
+        return (mount.path / name).read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_unmounts_and_commits(tmp_path: Path, number: signal.Signals) -> None:
+    with mounted(tmp_path) as mount:
+        (mount.path / "a.raw").write_bytes(b"content")
+        mount.signal(number)
+        assert mount.wait() == 0, mount.text
+        assert mount_at(mount.path) is None
+        assert os.listdir(mount.path) == []
+    assert content_after(mount.url, tmp_path, "a.raw") == b"content"
+
+
+def test_a_signal_with_open_files_serves_them_until_they_are_closed(tmp_path: Path) -> None:
+    with mounted(tmp_path, "-o", "busy_timeout=600") as mount:
+        file = (mount.path / "a.raw").open("w+b", buffering=0)
+        file.write(b"before ")
+        mount.signal(signal.SIGTERM)
+        line = mount.wait_log("is busy")
+        assert "a.raw" in line
+        assert "1 open image" in line
+        # Gone for newcomers, served for who is there.
+        while mount_at(mount.path) is not None:
+            time.sleep(0.01)
+        file.write(b"and after")
+        file.seek(0)
+        assert file.read() == b"before and after"
+        file.close()
+        assert mount.wait() == 0, mount.text
+    assert content_after(mount.url, tmp_path, "a.raw") == b"before and after"
+
+
+def test_a_second_signal_cuts_open_files_off_and_loses_nothing(tmp_path: Path) -> None:
+    with mounted(tmp_path, "-o", "busy_timeout=600") as mount:
+        fd = os.open(mount.path / "a.raw", os.O_RDWR | os.O_CREAT)
+        os.write(fd, b"written, never closed")
+        for _ in range(2):
+            mount.signal(signal.SIGTERM)
+            mount.wait_log("is busy")
+        mount.signal(signal.SIGTERM)
+        assert mount.wait() == 0, mount.text
+        with pytest.raises(OSError) as found:
+            os.pread(fd, 10, 0)
+        assert found.value.errno == errno.ENOTCONN
+        with pytest.raises(OSError):
+            os.close(fd)
+    assert content_after(mount.url, tmp_path, "a.raw") == b"written, never closed"
+
+
+def test_open_files_are_cut_off_when_their_time_is_over(tmp_path: Path) -> None:
+    with mounted(tmp_path, "-o", "busy_timeout=0.1") as mount:
+        fd = os.open(mount.path / "a.raw", os.O_RDWR | os.O_CREAT)
+        os.write(fd, b"written, never closed")
+        mount.signal(signal.SIGTERM)
+        assert mount.wait() == 0, mount.text
+        with pytest.raises(OSError):
+            os.close(fd)
+    assert content_after(mount.url, tmp_path, "a.raw") == b"written, never closed"
+
+
+def test_a_hangup_is_ignored(mounted: Mount) -> None:
+    mounted.signal(signal.SIGHUP)
+    mounted.wait_log("SIGHUP: ignored")
+    (mounted.path / "a.raw").write_bytes(b"still here")
+
+
+def test_unmounting_from_outside_commits_and_ends_well(tmp_path: Path) -> None:
+    with mounted(tmp_path) as mount:
+        path = mount.path / "a.raw"
+        with path.open("wb") as file:
+            file.write(b"x" * 3_000_000)
+            busy = subprocess.run(["fusermount3", "-u", str(mount.path)], capture_output=True, text=True)
+            assert busy.returncode != 0
+        mount.unmount()
+        assert mount.wait() == 0, mount.text
+    assert content_after(mount.url, tmp_path, "a.raw") == b"x" * 3_000_000
+
+
+def test_a_lazy_unmount_from_outside_waits_for_the_last_close(tmp_path: Path) -> None:
+    with mounted(tmp_path) as mount:
+        with (mount.path / "a.raw").open("w+b", buffering=0) as file:
+            subprocess.run(["fusermount3", "-uz", str(mount.path)], check=True)
+            file.write(b"written after it was detached")
+        assert mount.wait() == 0, mount.text
+    assert content_after(mount.url, tmp_path, "a.raw") == b"written after it was detached"
+
+
+def test_a_dead_mount_is_detached_and_mounted_again(tmp_path: Path) -> None:
+    url = new_volume(tmp_path)
+    with running(url, tmp_path / "mnt", tmp_path / "state") as mount:
+        with (mount.path / "a.raw").open("wb") as file:
+            file.write(b"committed")
+            os.fsync(file.fileno())
+        mount.process.kill()
+        mount.wait()
+        with pytest.raises(OSError) as found:
+            os.listdir(mount.path)
+        assert found.value.errno == errno.ENOTCONN
+        with mounted(tmp_path, url=url) as again:
+            assert "daemon that has died" in again.text
+            assert (again.path / "a.raw").read_bytes() == b"committed"
+
+
+def test_an_aborted_connection_commits_and_fails(tmp_path: Path) -> None:
+    control = Path("/sys/fs/fuse/connections")
+    url = new_volume(tmp_path)
+    with running(url, tmp_path / "mnt", tmp_path / "state") as mount:
+        abort = control / str(os.minor(mount.path.stat().st_dev)) / "abort"
+        if not os.access(abort, os.W_OK):
+            pytest.skip("fusectl is not mounted, or not for this user")
+        fd = os.open(mount.path / "a.raw", os.O_RDWR | os.O_CREAT)
+        os.write(fd, b"written before the abort")
+        abort.write_text("1")
+        assert mount.wait() == 1
+        assert "was aborted" in mount.text
+        assert "Traceback" not in mount.text
+        assert mount_at(mount.path) is None
+        with pytest.raises(OSError):
+            os.close(fd)
+    assert content_after(url, tmp_path, "a.raw") == b"written before the abort"
+
+
+def test_a_mount_point_that_is_missing_busy_or_a_file_is_refused(tmp_path: Path) -> None:
+    url = new_volume(tmp_path)
+    status, said = start(url, tmp_path / "none", tmp_path)
+    assert (status, "mkdir -p" in said) == (1, True), said
+    (tmp_path / "file").write_bytes(b"")
+    status, said = start(url, tmp_path / "file", tmp_path)
+    assert (status, "is not a directory" in said) == (1, True), said
+    with mounted(tmp_path, url=url) as mount:
+        (tmp_path / "other").mkdir()
+        status, said = start(new_volume(tmp_path / "other"), mount.path, tmp_path / "other")
+        assert (status, "is busy" in said) == (1, True), said
+        (mount.path / "a.raw").write_bytes(b"unharmed")
+
+
+def test_no_volume_no_mount(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "mnt").mkdir()
+    status, said = start(f"file://{tmp_path / 'empty'}", tmp_path / "mnt", tmp_path)
+    assert status == 1
+    assert "novafs init" in said
+    assert mount_at(tmp_path / "mnt") is None
+
+
+def test_a_signal_while_the_volume_is_being_opened_ends_the_start(tmp_path: Path) -> None:
+    """The store is a port that accepts and never answers."""
+    import socket
+
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        url = f"s3://bucket/volume?endpoint=http://127.0.0.1:{silent.getsockname()[1]}&region=us-east-1"
+        (tmp_path / "mnt").mkdir()
+        mount = Mount(
+            url, tmp_path / "mnt", tmp_path / "state", ["--l2-url", "none"], {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+        )
+        try:
+            connection, _ = silent.accept()
+            mount.signal(signal.SIGTERM)
+            assert mount.wait() == 0, mount.text
+            assert "stopped before" in mount.text
+            connection.close()
+        finally:
+            mount.clean_up()
+
+
+def test_the_control_socket_answers(mounted: Mount) -> None:
+    socket = mounted.state_dir / CONTROL_SOCKET
+    assert stat.S_IMODE(socket.stat().st_mode) == 0o600
+    with (mounted.path / "a.raw").open("wb"):
+        found = call(socket, "stats")
+        assert found["mount"]["handles"] == 1
+        assert found["mount"]["mountpoint"] == str(mounted.path)
+        assert found["mount"]["pid"] == mounted.process.pid
+    assert call(socket, "ping")["pid"] == mounted.process.pid
+
+
+def test_a_privileged_daemon_is_spared_by_reclaim_and_by_the_oom_killer(mounted: Mount) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    assert int(Path(f"/proc/{mounted.process.pid}/oom_score_adj").read_text()) == -900
+    assert "IO flusher" in mounted.text
+    minor = os.minor(mounted.path.stat().st_dev)
+    assert Path(f"/sys/class/bdi/0:{minor}/read_ahead_kb").read_text().strip() == "1024"
+
+
+def test_the_kernel_forgets_and_so_does_the_daemon(mounted: Mount) -> None:
+    """Lookup counts: after the kernel drops its caches the daemon holds the root and what is open."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root to drop caches")
+    for number in range(100):
+        (mounted.path / f"{number}").mkdir()
+        (mounted.path / f"{number}").rename(mounted.path / f"renamed-{number}")
+    os.listdir(mounted.path)
+    socket = mounted.state_dir / CONTROL_SOCKET
+    assert call(socket, "stats")["mount"]["nodes"] >= 100
+    with (mounted.path / "a.raw").open("wb"):
+        Path("/proc/sys/vm/drop_caches").write_text("2")
+        deadline = time.monotonic() + 30
+        while call(socket, "stats")["mount"]["nodes"] > 3 and time.monotonic() < deadline:
+            Path("/proc/sys/vm/drop_caches").write_text("2")
+        assert call(socket, "stats")["mount"]["nodes"] <= 3

@@ -1,0 +1,181 @@
+"""One seed, one history: trio's scheduler, clock, threads and random numbers made to follow a seed.
+
+    with Simulation(seed) as simulation:
+        simulation.run(main)                # as often as wanted; time goes on from run to run
+
+Inside, `trio.to_thread.run_sync` runs its function on the trio thread, after and before a pause of virtual time that
+the seed chooses, with the limiter and the cancellation of the real one; so requests and disk writes overtake each other
+as they do in threads, and do so again with the same seed. Time is virtual and starts to move when every task waits.
+CLOCK_BOOTTIME, as `novafs.revisions` reads it, is the same virtual time.
+
+Tasks may belong to a `Host` (`host.running()`): one that is paused starts no call and gets no answer until it is
+resumed, like a process that got SIGSTOP, and its boot clock may run faster or slower than the others'.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import random
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextvars import ContextVar
+from types import SimpleNamespace
+from typing import Any, TypeVar
+
+import trio
+import trio.testing
+from trio._core import _run as scheduler
+
+import novafs.revisions
+
+T = TypeVar("T")
+
+EPOCH_S = 1_000_000.0
+"""Boot time at which a simulation starts."""
+
+
+class Host:
+    """A machine: what runs in `running()` is on it. rate: seconds of its boot clock in one second of virtual time."""
+
+    def __init__(self, name: str, rate: float = 1.0) -> None:
+        self.name = name
+        self.rate = rate
+        self.latency_factor = 1.0
+        self._awake = trio.Event()
+        self._awake.set()
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Tasks started inside belong to this host."""
+        token = _host.set(self)
+        try:
+            yield
+        finally:
+            _host.reset(token)
+
+    def pause(self) -> None:
+        """SIGSTOP."""
+        if self._awake.is_set():
+            self._awake = trio.Event()
+
+    def resume(self) -> None:
+        """SIGCONT."""
+        self._awake.set()
+
+    async def wait_awake(self) -> None:
+        """Return at once unless it is paused."""
+        while not self._awake.is_set():
+            await self._awake.wait()
+
+
+_host: ContextVar[Host | None] = ContextVar("host", default=None)
+
+
+class Simulation:
+    """See the module. `rng` is the seed's; whatever a test decides at random comes from it. pause_s: the longest usual one."""
+
+    def __init__(self, seed: int, *, pause_s: float = 0.02) -> None:
+        self.seed = seed
+        self.rng = random.Random(seed)
+        self.pause_s = pause_s
+        self._elapsed_s = 0.0
+        self._restore: list[Callable[[], None]] = []
+        self.on_call: Callable[[Any], None] = lambda call: None
+        """Told of every call of a worker thread as it is made, before its pause."""
+
+    def __enter__(self) -> Simulation:
+        rng = self.rng
+        self._set(scheduler, "_ALLOW_DETERMINISTIC_SCHEDULING", True)
+        state = scheduler._r.getstate()
+        self._restore.append(lambda: scheduler._r.setstate(state))
+        scheduler._r.seed(rng.getrandbits(64))
+        global_state = random.getstate()
+        self._restore.append(lambda: random.setstate(global_state))
+        random.seed(rng.getrandbits(64))
+        self._set(secrets, "token_bytes", lambda n=32: rng.randbytes(n))
+        self._set(secrets, "token_hex", lambda n=32: rng.randbytes(n).hex())
+        self._set(secrets, "randbits", rng.getrandbits)
+        self._set(novafs.revisions, "time", SimpleNamespace(CLOCK_BOOTTIME=time.CLOCK_BOOTTIME, clock_gettime=lambda _: self.boot_time_s()))
+        self._set(trio.to_thread, "run_sync", self._run_sync)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        while self._restore:
+            self._restore.pop()()
+
+    def _set(self, owner: Any, name: str, value: Any) -> None:
+        before = getattr(owner, name)
+        self._restore.append(lambda: setattr(owner, name, before))
+        setattr(owner, name, value)
+
+    def boot_time_s(self) -> float:
+        """What the boot clock of the current host says."""
+        try:
+            now = trio.current_time()
+        except RuntimeError:
+            now = 0.0
+        host = _host.get()
+        return EPOCH_S + (self._elapsed_s + now) * (host.rate if host is not None else 1.0)
+
+    def run(self, main: Callable[..., Awaitable[T]], *arguments: Any) -> T:
+        """`trio.run` in virtual time, which starts at 0 each time for trio, and goes on for boot clocks."""
+        clock = trio.testing.MockClock(autojump_threshold=0)
+
+        async def timed() -> T:
+            start = trio.current_time()
+            try:
+                return await main(*arguments)
+            finally:
+                self._elapsed_s += trio.current_time() - start + 1
+
+        return trio.run(timed, clock=clock)
+
+    async def _pause(self) -> None:
+        chosen = self.rng.random()
+        host = _host.get()
+        if host is not None:
+            await host.wait_awake()
+        if chosen < 0.4:
+            await trio.lowlevel.checkpoint()
+            return
+        longest = self.pause_s * (host.latency_factor if host is not None else 1.0)
+        await trio.sleep(longest * self.rng.random() * (1 if chosen < 0.95 else 10))
+        if host is not None:
+            await host.wait_awake()
+
+    async def _run_sync(
+        self,
+        function: Callable[..., T],
+        *arguments: Any,
+        abandon_on_cancel: bool = False,
+        limiter: trio.CapacityLimiter | None = None,
+        **_: Any,
+    ) -> T:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        token = object()
+        if limiter is not None:
+            await limiter.acquire_on_behalf_of(token)
+        self.on_call(function)
+        try:
+            with trio.CancelScope(shield=not abandon_on_cancel):
+                await self._pause()
+                try:
+                    result = function(*arguments)
+                except Exception:
+                    await self._pause()
+                    raise
+                await self._pause()
+            return result
+        finally:
+            if limiter is not None:
+                limiter.release_on_behalf_of(token)
+
+
+def named(function: Any) -> tuple[str, tuple[Any, ...]] | None:
+    """Method and arguments of a store request that `StoreClient` is about to make, None for any other call of a thread."""
+    work = getattr(function, "_work", None)
+    if isinstance(work, functools.partial):
+        return work.func.__name__, work.args
+    return None
