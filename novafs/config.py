@@ -91,6 +91,13 @@ class LeaseConfig:
     takeover: str
 
 
+@dataclass(frozen=True, slots=True)
+class GcConfig:
+    """Collection: what is deleted, and when."""
+
+    grace_s: float
+
+
 class Setting(NamedTuple):
     """One row of `Config.describe()`: key, value for people (redacted), and where it comes from."""
 
@@ -118,6 +125,7 @@ class Config:
     store: StoreConfig
     writeback: WritebackConfig
     lease: LeaseConfig
+    gc: GcConfig
     config_file: Path | None = None
     origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
@@ -387,6 +395,7 @@ def _build(values: Mapping[str, Any], **rest: Any) -> Config:
         store=StoreConfig(**parts["store"]),
         writeback=WritebackConfig(**parts["writeback"]),
         lease=LeaseConfig(**parts["lease"]),
+        gc=GcConfig(**parts["gc"]),
         **rest,
     )
 

@@ -484,6 +484,12 @@ KEYS: Final = (
         "`auto` this host acknowledges nothing while it cannot reach the store.",
         "What happens to an image when its host dies.",
     ),
+    Key(
+        "gc.grace", "gc.grace_s", Duration(minimum=0.1, maximum=366 * 86400), "24h",
+        "How long what nothing names any more is kept: superseded generations and catalogs, and packs between being condemned and "
+        "being deleted. The same on all hosts of a volume; writers are safe beside a collection with any value from 10 minutes up.",
+        "When space comes back, and how long a host may sleep in the middle of a commit, or hold an image that was removed elsewhere.",
+    ),
 )  # fmt: skip
 
 BY_NAME: Final[Mapping[str, Key]] = {key.name: key for key in KEYS}

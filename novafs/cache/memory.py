@@ -170,7 +170,7 @@ class MemoryTier:
         if not self._hold_frame(chunk_id, frame, prefetched):
             return False
         self._keep_decoded(chunk_id, plain)
-        return True
+        return chunk_id in self._frames
 
     def compact(self, chunk_id: bytes, frame: Frame) -> None:
         """Replace a chunk that is held plain by its frame, keeping the content as a decoded copy where that share allows."""
@@ -337,13 +337,13 @@ class MemoryTier:
     def _keep_decoded(self, chunk_id: bytes, plain: bytes) -> None:
         """Hold `plain` beside the frame where the decoded share has room for it; older decoded copies give way."""
         cost = len(plain) + DECODED_BYTES
-        if cost > self._decoded_max:
+        if cost > self._decoded_max or cost + len(self._frames[chunk_id]) + ENTRY_BYTES > self.capacity_bytes - self._reserved_total():
             return
         if self._decoded_bytes + cost > self._decoded_max:
             self._order_decoded()
             while self._decoded_bytes + cost > self._decoded_max:
                 self._drop_decoded(next(iter(self._decoded)))
-        # Making room may evict this very chunk: then there is nothing to keep the copy beside.
+        # A policy may choose this very chunk to make room: then there is nothing to keep the copy beside.
         if not self._make_room(cost) or chunk_id not in self._frames:
             return
         self._plain[chunk_id] = plain

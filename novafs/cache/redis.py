@@ -54,8 +54,8 @@ GET_KEYS_MAX: Final = 64
 """Keys of one MGET: at 64 KiB a chunk an answer of 4 MiB, a few milliseconds of a server that serves others meanwhile."""
 SCRIPT_BYTES_MAX: Final = 1 << 20
 """Values in one script call: a server runs nothing else while a script runs, and this much takes about a millisecond."""
-BATCH_BYTES_MAX: Final = 8 << 20
-"""Values in one batch of script calls."""
+BATCH_BYTES_MAX: Final = 2 << 20
+"""Values in one batch of script calls: what a link of 100 Mbit/s carries within the default time-out."""
 TOUCHES_MAX: Final = 8192
 """Accesses noted and not yet told to the servers; beyond it the newest are not noted."""
 TOUCHES_WAKE: Final = 1024

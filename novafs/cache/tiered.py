@@ -8,7 +8,8 @@ What always holds:
 - **One fetch per chunk.** However many ask for a chunk while it is under way, they wait for the same fetch. Fetches run in the
   cache's own nursery: a caller that is cancelled leaves, and the fetch goes on for the others, and for L1.
 - **L2 never hurts.** It is asked within `l2_timeout_s`, in threads of its own; after that, and whatever it says or
-  does not say, L3 is asked.
+  does not say, L3 is asked. When it was too slow it is not asked at all for a second, then two, up to ten, so that an L2
+  that answers late costs a time-out now and then and not one for every read.
 - Everything here runs on the trio thread, except for the pure function at the end, so what stands between two awaits is
   atomic. A fetch that finds everything in L1 takes no checkpoint.
 
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
@@ -47,6 +49,8 @@ BATCH_CHUNKS_MAX: Final = 256
 VERIFY_CHUNKS_MIN: Final = 4
 """Fewer are not worth a second thread: a hop costs what decoding and hashing a 64 KiB chunk does, about 0.1 ms."""
 L2_THREADS: Final = 8
+L2_PAUSE_S_MIN: Final = 1.0
+L2_PAUSE_S_MAX: Final = 10.0
 
 _HOLE: Final = bytes(ID_SIZE)
 
@@ -117,6 +121,9 @@ class ChunkCache:
         self._chunk_size = chunk_size
         self._batch_chunks = max(1, min(BATCH_CHUNKS_MAX, BATCH_BYTES // chunk_size))
         self._l2_timeout_s = l2_timeout_s
+        self._l2_pause_s = 0.0
+        """How long L2 is left alone after its last time-out; 0: it answered since."""
+        self._l2_ask_from_s = -math.inf
         self._nursery: trio.Nursery | None = None
         self._flights: dict[bytes, _Flight] = {}
         """Invariant: a flight is here exactly while its fetch runs in the nursery."""
@@ -290,7 +297,7 @@ class ChunkCache:
     async def _from_l2(self, flights: list[_Flight]) -> list[_Flight]:
         """Land what L2 has; the others."""
         l2, traffic = self.l2, self._l2_traffic
-        if l2 is None or not l2.up:
+        if l2 is None or not l2.up or trio.current_time() < self._l2_ask_from_s:
             return flights
         ids = [flight.reference.chunk_id for flight in flights]
         frames: dict[bytes, Frame] | None = None
@@ -304,8 +311,11 @@ class ChunkCache:
             traffic.errors += 1
         traffic.seconds += trio.current_time() - started_s
         if frames is None:
-            traffic.timeouts += patience.cancelled_caught
+            if patience.cancelled_caught:
+                traffic.timeouts += 1
+                self._leave_l2_alone()
             return flights
+        self._l2_pause_s = 0.0
         found = [flight for flight in flights if flight.reference.chunk_id in frames]
         checked = await self._verified([(flight.reference.chunk_id, frames[flight.reference.chunk_id]) for flight in found])
         for flight, item in zip(found, checked, strict=True):
@@ -322,6 +332,13 @@ class ChunkCache:
         missing = [flight for flight in flights if not flight.done.is_set()]
         traffic.misses += len(missing)
         return missing
+
+    def _leave_l2_alone(self) -> None:
+        if trio.current_time() >= self._l2_ask_from_s:  # of several fetches that waited at the same time the first decides
+            if not self._l2_pause_s:
+                log.warning("L2 did not answer within %.2f s: reading from L3 and trying again later", self._l2_timeout_s)
+            self._l2_pause_s = min(max(2 * self._l2_pause_s, L2_PAUSE_S_MIN), L2_PAUSE_S_MAX)
+            self._l2_ask_from_s = trio.current_time() + self._l2_pause_s
 
     async def _from_pack(self, flights: list[_Flight]) -> None:
         """Land chunks that lie in one pack, with content or error: what is wrong with a pack is no matter of others."""

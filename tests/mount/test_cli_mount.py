@@ -289,3 +289,51 @@ def test_a_daemon_that_could_not_store_everything_makes_umount_fail(place: Place
     assert message.startswith(f"{place.mnt} is unmounted, but its daemon failed: ")
     assert str(place.volume.root) in message
     assert place.log().rstrip().endswith(message.partition("its daemon failed: ")[2])
+
+
+# --- a daemon that takes its time: played by a process that holds the lock ------------------------------------------------
+
+HOLDER = """
+import os, sys
+from pathlib import Path
+from novafs import statedir
+lock = statedir.StateLock.take(Path(sys.argv[1]), mountpoint=sys.argv[2])
+print("locked", flush=True)
+if sys.stdin.readline():
+    statedir.write_exit(Path(sys.argv[1]), statedir.ExitRecord(os.getpid(), 0, ""))
+"""
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_umount_says_what_it_waits_for(place: Place, monkeypatch: pytest.MonkeyPatch, killed: bool) -> None:
+    from novafs.cli import common, umount
+
+    monkeypatch.setattr(umount, "_SAY_AFTER_S", 0.0)
+    state, mnt = statedir.prepare(place.volume.state), str(place.mnt)
+    command = [sys.executable, "-c", HOLDER, str(state), mnt]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as daemon:
+        assert daemon.stdin is not None
+        assert daemon.stdout is not None
+        assert daemon.stdout.readline() == "locked\n"
+        statedir.write_record(MountRecord(mnt, daemon.pid, str(state), place.volume.url, f"{state}/mount.log"))
+        said: list[str] = []
+
+        def say(message: str) -> None:
+            said.append(message)
+            if message.startswith("waiting"):
+                assert daemon.stdin is not None
+                if killed:
+                    daemon.kill()
+                else:
+                    daemon.stdin.write("end\n")
+                    daemon.stdin.flush()
+
+        monkeypatch.setattr(common, "say", say)
+        result = place.volume.command.run("umount", mnt)
+    assert said[:2] == [
+        f"{mnt} is not mounted any more; its daemon still writes",
+        f"waiting for the daemon (process {daemon.pid}) to store what was written; it says more in {state}/mount.log",
+    ]
+    assert result.status == (1 if killed else 0)
+    assert ("was killed while it wrote" in said[-1]) == killed
+    assert statedir.find_record(mnt) is None

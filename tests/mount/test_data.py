@@ -7,12 +7,12 @@ import mmap
 import os
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.mounted import mounted, running
+from tests.support.mounted import Mount, mounted, running
 
 pytestmark = pytest.mark.fuse
 
@@ -108,7 +108,7 @@ def test_truncation_down_and_up_leaves_zeros(place: Path) -> None:
 def test_opening_with_truncation_empties_what_others_have_open(place: Path) -> None:
     path = place / "a.raw"
     path.write_bytes(b"x" * 100_000)
-    with path.open("rb") as reader:
+    with path.open("rb", buffering=0) as reader:
         assert reader.read(10) == b"x" * 10
         fd = os.open(path, os.O_WRONLY | os.O_TRUNC)
         assert os.fstat(reader.fileno()).st_size == 0
@@ -193,12 +193,22 @@ SYNCHRONOUS = {
 }
 
 
+@pytest.fixture(scope="module")
+def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
+    """A mount on which a commit to L3 is what fsync waits for, so that `user.novafs.generation` tells of each."""
+    with mounted(tmp_path_factory.mktemp("strict"), "--durability", "store") as mount:
+        yield mount
+
+
 @pytest.mark.parametrize("flags", SYNCHRONOUS.values(), ids=SYNCHRONOUS)
-def test_each_synchronous_write_is_committed_before_it_returns(place: Path, flags: tuple[int, int]) -> None:
-    path = place / "a.raw"
+def test_each_synchronous_write_is_durable_before_it_returns(strict: Mount, flags: tuple[int, int]) -> None:
+    """The kernel sends an FSYNC after the WRITE, for O_SYNC, O_DSYNC and RWF_DSYNC, since handles have no direct_io."""
+    path = strict.path / "a.raw"
     path.write_bytes(bytes(MIB))
     fd = os.open(path, os.O_RDWR | flags[0])
     try:
+        os.pwrite(fd, b"x", MIB)
+        os.fsync(fd)  # from here on the image is ours to write
         for number in range(3):
             before = generation(path)
             with aligned(4096) as memory:
@@ -209,12 +219,14 @@ def test_each_synchronous_write_is_committed_before_it_returns(place: Path, flag
         os.close(fd)
 
 
-def test_fsync_fdatasync_and_close_commit(place: Path) -> None:
-    path = place / "a.raw"
+def test_fsync_fdatasync_and_close_commit(strict: Mount) -> None:
+    path = strict.path / "b.raw"
     path.write_bytes(bytes(MIB))
-    seen = [generation(path)]
-    fd = os.open(path, os.O_RDWR)
     calls: list[Callable[[int], None]] = [os.fsync, os.fdatasync, os.close]
+    fd = os.open(path, os.O_RDWR)
+    os.pwrite(fd, b"x", 0)
+    os.fsync(fd)
+    seen = [generation(path)]
     for number, call in enumerate(calls):
         os.pwrite(fd, b"%d" % number, 0)
         assert generation(path) == seen[-1]

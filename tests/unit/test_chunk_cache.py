@@ -608,6 +608,27 @@ async def test_an_l2_that_does_not_answer_in_time_is_not_waited_for(world: World
 
 
 @trio_test
+async def test_an_l2_that_was_too_slow_is_left_alone_for_a_while_and_then_asked_again(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    references = await world.pack([plain_of(number) for number in range(5)])
+    tier = ScriptedTier(MemoryTier(capacity_bytes=64 << 20))
+    tier.put_many({reference.chunk_id: encode(plain_of(number), Codec.SNAPPY) for number, reference in enumerate(references)})
+    tier.hold.clear()
+    async with world.cache(tier, l2_timeout_s=0.01) as cache:
+        for reference in references[:3]:
+            await cache.fetch([reference])
+        assert cache.statistics().l2_traffic.requests == 1
+        tier.hold.set()
+        monkeypatch.setattr("novafs.cache.tiered.trio.current_time", lambda: cache._l2_ask_from_s + 1)
+        cache._l2_timeout_s = 60
+        await cache.fetch(references[3:4])
+        await cache.fetch(references[4:])
+        assert cache.statistics().l2_traffic.hits == 2
+    assert caplog.text.count("L2 did not answer within") == 1
+
+
+@trio_test
 async def test_an_l2_that_breaks_its_contract_is_no_readers_error(world: World, caplog: pytest.LogCaptureFixture) -> None:
     references = await world.pack([plain_of(1)])
     tier = ScriptedTier(MemoryTier(capacity_bytes=64 << 20))

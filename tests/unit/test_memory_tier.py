@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import gzip
 import logging
 import secrets
 import tracemalloc
@@ -304,9 +305,14 @@ class Machine(RuleBasedStateMachine):
         held = self.tier.insert(self.ids[number], plain, frame, prefetched=prefetched)
         assert held == self.tier.contains(self.ids[number])
 
-    @rule(number=number)
-    def compact(self, number: int) -> None:
-        self.tier.compact(self.ids[number], encode(self.plains[number], Codec.LZ4))
+    @rule(number=number, how=st.sampled_from(["lz4", "zstd", "swollen"]))
+    def compact(self, number: int, how: str) -> None:
+        frame = (
+            Frame(Codec.GZIP, gzip.compress(self.plains[number], 0))
+            if how == "swollen"
+            else encode(self.plains[number], Codec[how.upper()])
+        )
+        self.tier.compact(self.ids[number], frame)
 
     @rule(number=number, codec=st.sampled_from(list(Codec)))
     def put(self, number: int, codec: Codec) -> None:
@@ -350,7 +356,7 @@ class Machine(RuleBasedStateMachine):
 
 
 TestMachine = Machine.TestCase
-TestMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 
 
 # --- what an entry costs --------------------------------------------------------------------------------------------

@@ -195,6 +195,19 @@ def test_noted_accesses_are_bounded(tier: RedisTier) -> None:
     assert len(tier._touches) <= TOUCHES_MAX
 
 
+def test_an_idle_tier_finds_out_that_the_server_is_gone(
+    redis_server: RedisServer, volume_id: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("novafs.cache.redis.REFRESH_S", 0)
+    monkeypatch.setattr("novafs.cache.redis.FLUSH_S", 0.05)
+    with opened(redis_server.url, volume_id) as one, opened(redis_server.url, volume_id) as other:
+        one.put_many(frames_of(10))
+        wait_until(lambda: other.statistics().entries == 10, "the other to be told of what the first has put")
+        redis_server.kill()
+        wait_until(lambda: not one.up and not other.up, "both to notice")
+    assert "does not answer" in caplog.text
+
+
 # --- flushed, damaged ---------------------------------------------------------------------------------------------
 
 
