@@ -275,9 +275,11 @@ class Catalog:
             except ConflictError:
                 await self.refresh()
                 continue
+            # A listing that ran beside the commit may have seen it first, or a newer one; then the nodes made here must be
+            # known all the same. What `adopt` notes is checked at each use, so it can be noted whichever head is current.
             if head.record.counter > self.revision:
                 self._head = head
-                changes.adopt()
+            changes.adopt()
             return
 
     async def create(self, entry: Entry, *, replace: bool = False) -> Entry:

@@ -434,8 +434,9 @@ KEYS: Final = (
     ),
     Key(
         "l3.capacity", "l3.capacity_bytes", Size(minimum=64 * MIB), "1TB",
-        "What the volume may hold in L3, as `df` on the mount shows it.",
-        "statfs.", flag=True,
+        "What the volume may hold in L3, as `df` on the mount shows it. While it holds less, a collection keeps packs that nothing "
+        "references, because what is in them may be written again.",
+        "statfs, and what `novafs gc` frees.", flag=True,
     ),
     Key(
         "l3.codec", "l3.codec", CodecName(), "zstd",

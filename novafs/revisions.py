@@ -24,6 +24,8 @@ from novafs.objectstore.client import StoreClient
 _TOP: Final = 2**64 - 1
 NONCE_SIZE: Final = 16
 GRACE_S_DEFAULT: Final = 24 * 3600.0
+GRACE_ASSUMED_S: Final = 600.0
+"""What writers take `gc.grace` for where it is more: so they are safe beside a collector with any grace from this up."""
 
 
 class Record(Protocol):
@@ -71,6 +73,11 @@ def counter_of(name: str) -> int | None:
 def new_nonce() -> bytes:
     """16 random bytes."""
     return secrets.token_bytes(NONCE_SIZE)
+
+
+def writers_grace_s(grace_s: float) -> float:
+    """The grace that a writer counts with, given its own `gc.grace`: a look more often costs little, one too few costs data."""
+    return min(grace_s, GRACE_ASSUMED_S)
 
 
 def boot_time_s() -> float:
