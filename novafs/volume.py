@@ -27,6 +27,7 @@ import trio
 
 from novafs import durable, pack, statedir
 from novafs.asynctools import open_nursery
+from novafs.cache.base import Tier
 from novafs.cache.memory import MemoryTier
 from novafs.cache.packs import PackSource
 from novafs.cache.redis import open_l2
@@ -160,8 +161,16 @@ async def open_volume(
             )
         )
         if l2 is not None:
-            stack.callback(l2.close)
-        cache = ChunkCache(l1=l1, l2=l2, l3=PackSource(client), chunk_size=superblock.chunk_size, l2_codec=config.l2.codec)
+            # In a thread: it may wait for other users of an embedded server.
+            stack.push_async_callback(_close_l2, l2)
+        cache = ChunkCache(
+            l1=l1,
+            l2=l2,
+            l3=PackSource(client),
+            chunk_size=superblock.chunk_size,
+            l2_codec=config.l2.codec,
+            l2_timeout_s=2 * config.l2.timeout_s,
+        )
         index = await trio.to_thread.run_sync(DedupIndex, config.state_dir / f"dedup-{superblock.volume_id[:16]}.sqlite")
         stack.callback(index.close)
         journal: Journal | None = None
@@ -184,6 +193,11 @@ async def open_volume(
             with trio.CancelScope(deadline=trio.current_time() + CLOSE_TIMEOUT_S, shield=True):
                 await volume.close()
         nursery.cancel_scope.cancel()
+
+
+async def _close_l2(l2: Tier) -> None:
+    with trio.move_on_after(CLOSE_TIMEOUT_S, shield=True):
+        await trio.to_thread.run_sync(l2.close)
 
 
 async def _read_start(client: StoreClient, *, probe: bool) -> tuple[Superblock, Head[CatalogRecord]]:

@@ -21,7 +21,7 @@ import pyfuse3
 from novafs.catalogtree import Entry, Kind
 
 if TYPE_CHECKING:
-    from novafs.image import ImageStatistics
+    from novafs.imagereader import ImageStatistics
     from novafs.mountoptions import MountOptions
     from novafs.volume import Attributes
 

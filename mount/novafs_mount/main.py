@@ -24,7 +24,6 @@ in the table are closed, and committed, by `NovaOperations.close_handles`.
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import signal
@@ -104,8 +103,8 @@ class _Daemon:
         self._opening = trio.CancelScope()
         # The mount is no longer in the name space: the directory may be somebody else's mount by now.
         self._detached = False
-        # The connection was aborted: the mount is there, and dead.
-        self._aborted = False
+        # Major and minor number of our mount, by which it is told from another at the same place.
+        self._device: tuple[int, int] | None = None
         # A second signal: do not wait for open files.
         self._hurry = trio.Event()
 
@@ -150,6 +149,7 @@ class _Daemon:
             # libfuse has told the reason on stderr.
             raise MountError(f"cannot mount at {self._path}: {error}; see the message of fuse above") from error
         self._phase = _Phase.MOUNTED
+        self._device = mountpoint.device_of(self._path)
         try:
             async with open_nursery() as nursery:
                 control = ControlServer(self._config.state_dir / CONTROL_SOCKET)
@@ -181,12 +181,10 @@ class _Daemon:
         try:
             await pyfuse3.main(min_tasks=4, max_tasks=TASKS_MAX)
         except BaseExceptionGroup as group:
-            _, others = group.split(lambda error: isinstance(error, OSError) and error.errno == errno.ECONNABORTED)
-            self._aborted = True
-            if others is not None:
-                log.critical("%s: the request loop failed; unmounting", self._path, exc_info=others)
-            else:
-                log.error("%s: the connection to the kernel was aborted", self._path)
+            failed = group.subgroup(lambda error: not isinstance(error, trio.Cancelled))
+            if failed is None:
+                raise
+            log.critical("%s: the request loop failed; unmounting", self._path, exc_info=failed)
             self._status = 1
 
     async def _announce(self) -> None:
@@ -196,8 +194,7 @@ class _Daemon:
             await trio.to_thread.run_sync(os.stat, self._path, abandon_on_cancel=True)
         except OSError as error:
             raise MountError(f"{self._path} is mounted, but does not answer: {error.strerror}") from error
-        device = await trio.to_thread.run_sync(mountpoint.device_of, self._path)
-        tuned = await trio.to_thread.run_sync(host.tune_mount, *device) if device is not None else []
+        tuned = await trio.to_thread.run_sync(host.tune_mount, *self._device) if self._device is not None else []
         log.info("%s mounted at %s%s", self._source, self._path, _listed(tuned))
         self._ready()
 
@@ -240,8 +237,11 @@ class _Daemon:
         if operations.handle_count:
             log.info("%s: committing %d handles that were not closed", self._path, operations.handle_count)
             await operations.close_handles()
-        if self._aborted:
-            # libfuse takes a connection that is gone for a mount that is gone.
+        if not self._detached and await trio.to_thread.run_sync(mountpoint.device_of, self._path) == self._device:
+            # The loop has ended, and the mount is still there: it was aborted through /sys/fs/fuse, or the loop failed.
+            # libfuse would leave it there, since it takes a connection that is gone for a mount that is gone.
+            log.error("%s: the connection to the kernel has broken; detaching the dead mount", self._path)
+            self._status = 1
             try:
                 await self._detach(lazy=True)
             except MountError as error:

@@ -115,8 +115,8 @@ def running(
     url: str, path: Path, state_dir: Path, *arguments: str, l2: str = "none", environ: Mapping[str, str] | None = None
 ) -> Iterator[Mount]:
     """The volume at `url` mounted at `path` (made if missing); the test ends the daemon as it likes, or it is killed here."""
-    if not path.is_dir() and mount_at(path) is None:
-        path.mkdir(parents=True)
+    if mount_at(path) is None:  # a dead mount could not be asked whether it is there
+        path.mkdir(parents=True, exist_ok=True)
     mount = Mount(url, path, state_dir, ["--l2-url", l2, "--l1-capacity", "256MiB", *arguments], environ or {})
     try:
         mount.wait_log(READY)

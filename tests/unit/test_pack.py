@@ -74,7 +74,7 @@ def test_a_truncated_pack_is_recognised(cut: int) -> None:
 
 
 def test_the_footer_of_another_pack_is_not_believed() -> None:
-    builder, raw = build([b"a" * 1000])
+    _, raw = build([b"a" * 1000])
     other = pack.new_pack_id()
     with pytest.raises(ObjectCorruptError):
         trio.run(pack.read_footer, other, len(raw), _getter(raw))

@@ -1,0 +1,251 @@
+"""Reading an open image: the newest of what dirty layers and the committed map say, byte by byte.
+
+What a reader sees at a byte is the newest dirty layer that has it (`novafs.dirty`), else the committed map. Always holds:
+`_state`, the map, equals the generation `_head`. All of it is touched on the trio thread alone, and what a read needs of
+it is taken in one step between two checkpoints; `novafs.image` adds the writing side.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from novafs import dirty
+from novafs.cache.tiered import ChunkCache
+from novafs.chunk import HOLE_BYTES, Reference
+from novafs.dirty import Layer
+from novafs.errors import FrameCorruptError
+from novafs.generation import Generation
+from novafs.imagemap import MapState
+from novafs.revisions import Head
+
+log = logging.getLogger(__name__)
+
+READ_BATCH_MAX: Final = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class ImageStatistics:
+    """Figures of one generation. Bytes but for the counts; ratios are plain / stored, 1.0 where nothing is stored."""
+
+    size: int
+    generation: int
+    stored_bytes: int
+    allocated_chunks: int
+    hole_chunks: int
+    unique_chunks: int
+    unique_stored_bytes: int
+    dedup_ratio: float
+    compression_ratio: float
+
+
+class ImageReader:
+    """The reading half of `Image`; not used on its own."""
+
+    def __init__(self, *, node_id: bytes, name: str, chunk_size: int, head: Head[Generation], cache: ChunkCache) -> None:
+        self.node_id = node_id
+        self.name = name
+        """Path at open, for messages."""
+        self.chunk_size = chunk_size
+        self._shift = chunk_size.bit_length() - 1
+        self._cache = cache
+        self._layers: list[Layer] = [Layer()]
+        self._statistics: ImageStatistics | None = None
+        self._adopt(head)
+
+    def _adopt(self, head: Head[Generation], state: MapState | None = None) -> None:
+        generation = head.record
+        self._head = head
+        self._state = state if state is not None else generation.map_state(self.chunk_size)
+        self._statistics = None
+        if not self.dirty:
+            self.size = generation.size
+            self.mtime_ns = generation.mtime_ns
+            self.ctime_ns = generation.ctime_ns
+
+    # -- what it is ---------------------------------------------------------------------------------------------
+
+    @property
+    def generation(self) -> int:
+        """Counter of the committed generation that the map is of."""
+        return self._head.record.counter
+
+    @property
+    def head(self) -> Generation:
+        """The committed generation."""
+        return self._head.record
+
+    @property
+    def dirty(self) -> bool:
+        """Whether something is in no generation yet."""
+        return any(layer.touched for layer in self._layers)
+
+    @property
+    def map_bytes(self) -> int:
+        """Memory that the loaded part of the map takes."""
+        return self._state.loaded_bytes
+
+    def trim_map(self, keep_leaves: int) -> None:
+        """Give back memory of the map; it is fetched again when needed."""
+        self._state.trim(keep_leaves)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Payload bytes that the committed generation references."""
+        return self._head.record.stored_bytes
+
+    # -- reading ------------------------------------------------------------------------------------------------
+
+    def read_nowait(self, offset: int, length: int) -> bytes | None:
+        """The bytes where dirty data and L1 hold them all, without a checkpoint; None where `read` is needed."""
+        length = min(length, self.size - offset)
+        if length <= 0:
+            return b""
+        first = offset >> self._shift
+        last = (offset + length - 1) >> self._shift
+        parts: list[bytes | bytearray] = []
+        for index in range(first, last + 1):
+            start = offset - (index << self._shift) if index == first else 0
+            end = offset + length - (index << self._shift) if index == last else self.chunk_size
+            part = self._chunk_nowait(index, start, end)
+            if part is None:
+                return None
+            parts.append(part)
+        # `bytes` gives back a `bytes` object itself, so the common single whole chunk is not copied.
+        return bytes(parts[0]) if len(parts) == 1 else b"".join(parts)
+
+    def _chunk_nowait(self, index: int, start: int, end: int) -> bytes | bytearray | None:
+        found = dirty.overlay(self._layers, self.chunk_size, index) if self.dirty else None
+        if found is not None and dirty.covers(found, start, end):
+            return dirty.compose(found, None, start, end)
+        entry = self._state.entry_nowait(index)
+        if entry is None:
+            return None
+        if entry == HOLE_BYTES:
+            plain: bytes | None = None
+        else:
+            plain = self._cache.peek(entry[:32])
+            if plain is None:
+                return None
+        if found is not None:
+            return dirty.compose(found, plain, start, end)
+        if plain is None:
+            return bytes(end - start)
+        return plain if end - start == len(plain) else plain[start:end]
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """The bytes; short only at the end of the image.
+
+        Raises FrameCorruptError (a damaged chunk: never zeros), StoreUnavailableError.
+        """
+        length = min(length, self.size - offset)
+        if length <= 0:
+            return b""
+        if length > READ_BATCH_MAX:
+            parts = [
+                await self.read(at, min(READ_BATCH_MAX, offset + length - at)) for at in range(offset, offset + length, READ_BATCH_MAX)
+            ]
+            return b"".join(parts)
+        first = offset >> self._shift
+        last = (offset + length - 1) >> self._shift
+        while True:
+            state = self._state
+            entries = await state.entries(first, last - first + 1, self._cache.fetch)
+            if state is self._state:
+                break
+        # From here to the fetch there is no checkpoint: overlays and entries are of one moment.
+        plans: list[tuple[int, int, dirty.Overlay | None, int]] = []
+        references: list[Reference] = []
+        offsets: list[int] = []
+        for number, entry in enumerate(entries):
+            index = first + number
+            start = offset - (index << self._shift) if index == first else 0
+            end = offset + length - (index << self._shift) if index == last else self.chunk_size
+            found = dirty.overlay(self._layers, self.chunk_size, index) if self.dirty else None
+            wanted = -1
+            if entry != HOLE_BYTES and not (found is not None and dirty.covers(found, start, end)):
+                wanted = len(references)
+                references.append(Reference.unpack(entry))
+                offsets.append(index << self._shift)
+            plans.append((start, end, found, wanted))
+        plains = await self._fetch(references, offsets)
+        parts = []
+        for start, end, found, wanted in plans:
+            plain = plains[wanted] if wanted >= 0 else None
+            if found is not None:
+                parts.append(bytes(dirty.compose(found, plain, start, end)))
+            elif plain is None:
+                parts.append(bytes(end - start))
+            else:
+                parts.append(plain if end - start == len(plain) else plain[start:end])
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    async def _fetch(self, references: Sequence[Reference], offsets: Sequence[int]) -> list[bytes]:
+        if not references:
+            return []
+        try:
+            plains = await self._cache.fetch(references)
+        except FrameCorruptError as error:
+            at = next((o for r, o in zip(references, offsets, strict=True) if r.chunk_id == error.chunk_id), -1)
+            log.error("image %s (%s): corrupt data at byte %d: %s", self.name, self.node_id.hex(), at, error)
+            raise
+        for reference, offset, plain in zip(references, offsets, plains, strict=True):
+            if len(plain) != self.chunk_size:
+                log.error("image %s: chunk at byte %d has %d bytes, expected %d", self.name, offset, len(plain), self.chunk_size)
+                raise FrameCorruptError(
+                    reference.chunk_id,
+                    f"pack {reference.pack_id.hex()}",
+                    reference.offset,
+                    f"{len(plain)} bytes, expected {self.chunk_size}",
+                )
+        return plains
+
+    async def statistics(self) -> ImageStatistics:
+        """Figures of the committed generation. The first call for a generation walks the whole map."""
+        if self._statistics is not None:
+            return self._statistics
+        state, head = self._state, self._head.record
+        ids = [np.empty(0, dtype="S32")]
+        lengths = [np.empty(0, dtype=np.uint32)]
+        async for _, entries in state.leaves(self._cache.fetch):
+            part = entries[entries["length"] > 0]
+            ids.append(np.ascontiguousarray(part["id"]).view("S32"))  # numpy sorts S32, not V32
+            lengths.append(part["length"])
+        all_lengths = np.concatenate(lengths)
+        all_ids = np.concatenate(ids)
+        _, first = np.unique(all_ids, return_index=True)
+        unique_stored = int(all_lengths[first].sum(dtype=np.int64))
+        allocated, unique = len(all_ids), len(first)
+        found = ImageStatistics(
+            size=head.size,
+            generation=head.counter,
+            stored_bytes=int(all_lengths.sum(dtype=np.int64)),
+            allocated_chunks=allocated,
+            hole_chunks=state.chunks - allocated,
+            unique_chunks=unique,
+            unique_stored_bytes=unique_stored,
+            dedup_ratio=allocated / unique if unique else 1.0,
+            compression_ratio=unique * self.chunk_size / unique_stored if unique_stored else 1.0,
+        )
+        if self._head.record is head:
+            self._statistics = found
+        return found
+
+    async def extents(self) -> AsyncGenerator[tuple[int, int], None]:
+        """Ranges (offset, length) of the committed generation that are no hole, in order, neighbours joined."""
+        start = end = -1
+        size = self._head.record.size
+        async for first, entries in self._state.leaves(self._cache.fetch):
+            for number in np.flatnonzero(entries["length"]):
+                at = (first + int(number)) << self._shift
+                if at != end:
+                    if end > start:
+                        yield start, min(end, size) - start
+                    start = at
+                end = at + self.chunk_size
+        if end > start:
+            yield start, min(end, size) - start
