@@ -22,7 +22,7 @@ from novafs.errors import SourceError
 from novafs.generation import Generation
 from novafs.image import Image
 from novafs.imagemap import MapBuilder
-from novafs.packwriter import PackWriter, Prepared
+from novafs.packwriter import PacksLostError, PackWriter, Prepared
 from novafs.revisions import new_nonce
 from novafs.volume import Volume
 
@@ -117,7 +117,12 @@ async def import_stream(
         length = end if size is None else size
         state = await builder.finish((length + chunk_size - 1) // chunk_size)
         await writer.finish()
-        counts = writer.counts
+        counts, used = writer.counts, writer.used
+
+    async def confirm() -> None:
+        if gone := await used.lost():
+            raise PacksLostError(gone, committed=True)
+
     now = time.time_ns()
     generation = Generation(
         image_id=secrets.token_bytes(16),
@@ -132,7 +137,7 @@ async def import_stream(
         stored_bytes=stored,
         allocated_chunks=allocated,
     )
-    await volume.create(parent_id, name, mode=mode, uid=uid, gid=gid, generation=generation, replace=replace)
+    await volume.create(parent_id, name, mode=mode, uid=uid, gid=gid, generation=generation, replace=replace, confirm=confirm)
     progress(length)
     return ImportResult(
         size=length,

@@ -37,7 +37,7 @@ from novafs.imagemap import Fetch
 from novafs.objectstore.client import StoreClient
 from novafs.packwriter import PackWriter
 from novafs.record import seal, unseal
-from novafs.revisions import Chain, ConflictError, Head, boot_time_s, new_nonce
+from novafs.revisions import GRACE_S_DEFAULT, Chain, ConflictError, Head, boot_time_s, new_nonce, writers_grace_s
 
 KIND: Final = b"CATL"
 VERSION: Final = 1
@@ -63,13 +63,14 @@ def root_entry(mode: int = 0o755, uid: int = 0, gid: int = 0) -> Entry:
     return Entry("", ROOT_ID, Kind.DIRECTORY, mode, uid, gid, now, now, now)
 
 
-def catalog_chain(client: StoreClient) -> Chain[CatalogRecord]:
-    """The chain of a volume's catalogs."""
+def catalog_chain(client: StoreClient, *, grace_s: float = GRACE_S_DEFAULT) -> Chain[CatalogRecord]:
+    """The chain of a volume's catalogs. grace_s: `gc.grace`, for whoever commits."""
     return Chain(
         client,
         PREFIX,
         encode=lambda r: seal(KIND, VERSION, r),
         decode=lambda data, name: unseal(KIND, VERSION, data, CatalogRecord, name),
+        grace_s=writers_grace_s(grace_s),
     )
 
 
@@ -260,18 +261,8 @@ class Catalog:
                 await request.run(changes)
             if not changes.dirty:
                 return
-            async with self._pack_writer() as writer:
-                root = await changes.store(writer)
-                await writer.finish()
-            record = CatalogRecord(
-                counter=base.record.counter + 1,
-                nonce=new_nonce(),
-                predecessor=base.record.nonce,
-                root=root,
-                written_ns=time.time_ns(),
-            )
             try:
-                head = await self._chain.commit(base, record)
+                head = await self._store(base, changes)
             except ConflictError:
                 await self.refresh()
                 continue
@@ -281,6 +272,25 @@ class Catalog:
                 self._head = head
             changes.adopt()
             return
+
+    async def _store(self, base: Head[CatalogRecord], changes: Changes) -> Head[CatalogRecord]:
+        """Commit `changes` on top of `base`; once more where that took so long that a collection has taken a page. Raises ConflictError."""
+        while True:
+            async with self._pack_writer() as writer:
+                root = await changes.store(writer)
+                await writer.finish()
+            if await writer.used.lost():
+                continue
+            record = CatalogRecord(
+                counter=base.record.counter + 1,
+                nonce=new_nonce(),
+                predecessor=base.record.nonce,
+                root=root,
+                written_ns=time.time_ns(),
+            )
+            base = await self._chain.commit(base, record)
+            if not await writer.used.lost():
+                return base
 
     async def create(self, entry: Entry, *, replace: bool = False) -> Entry:
         """Add `entry` to its parent, or put it in an image's place where `replace`.

@@ -39,9 +39,10 @@ _ZEROS: Final = bytes(64)
 HOLE_BYTES: Final = bytes(REFERENCE_SIZE)
 REFERENCE_DTYPE: Final = np.dtype(
     {
-        "names": ["id", "pack", "offset", "length", "codec"],
-        "formats": ["V32", "V16", "<u4", "<u4", "u1"],
-        "offsets": [0, 32, 48, 52, 56],
+        # "zero" is a field, because numpy does not copy what lies between fields.
+        "names": ["id", "pack", "offset", "length", "codec", "zero"],
+        "formats": ["V32", "V16", "<u4", "<u4", "u1", "V7"],
+        "offsets": [0, 32, 48, 52, 56, 57],
         "itemsize": REFERENCE_SIZE,
     }
 )

@@ -107,9 +107,7 @@ def _open(head: Head[CondemnedRecord], written_s: float) -> CondemnedHead:
 EMPTY: Final = CondemnedHead(None, {}, frozenset(), {}, {})
 
 
-async def read_condemned(
-    client: StoreClient, known: CondemnedHead = EMPTY, *, clock_s: Callable[[], float] = boot_time_s
-) -> CondemnedHead:
+async def read_condemned(client: StoreClient, known: CondemnedHead = EMPTY, *, clock_s: Callable[[], float] = boot_time_s) -> CondemnedHead:
     """The newest list: one round trip where it is still the `known` one, else two. Raises ObjectCorruptError, StoreUnavailableError."""
     chain = condemned_chain(client)
     while True:

@@ -4,8 +4,9 @@ The index is an SQLite file in the state directory, 32 bytes of id and 29 of pla
 filled from own uploads and, lazily, from pack footers. It may be lost, stale or damaged at any time: a damaged file
 is replaced by an empty one, and each row carries a checksum.
 
-Promised (design 8): a hit makes a reference only after the pack's footer was read in this process, within
-`VERIFIED_S`, and lists exactly this frame. A stale row is dropped and the chunk is stored again.
+Promised (design 5.8): a hit makes a reference only after the pack's footer was read in this process, within
+`VERIFIED_S` (less with a short grace), and lists exactly this frame, and only where the newest list of what is
+condemned or damaged (`novafs.condemned`) does not forbid it. A stale row is dropped and the chunk is stored again.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sqlite3
 import struct
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -26,9 +27,11 @@ import xxhash
 from novafs import pack
 from novafs.asynctools import open_nursery
 from novafs.chunk import ChunkId, PackId, Reference
+from novafs.condemned import CondemnedView
 from novafs.errors import CorruptionError, ObjectNotFoundError
+from novafs.forward import Forwards
 from novafs.objectstore.client import StoreClient
-from novafs.revisions import boot_time_s
+from novafs.revisions import GRACE_S_DEFAULT, boot_time_s, writers_grace_s
 
 log = logging.getLogger(__name__)
 
@@ -159,8 +162,14 @@ class DedupIndex:
 class Deduplicator:
     """The async side: finds stored chunks, and checks each answer against the pack's footer before it counts."""
 
-    def __init__(self, index: DedupIndex, client: StoreClient, *, enabled: bool = True) -> None:
+    def __init__(self, index: DedupIndex, client: StoreClient, *, enabled: bool = True, grace_s: float = GRACE_S_DEFAULT) -> None:
+        """grace_s: `gc.grace`, of which every limit here is a part."""
         self.index = index
+        self.guard_s = writers_grace_s(grace_s) / 2
+        """A commit that takes longer than this looks at the packs it refers to again (`lost`)."""
+        self.condemned = CondemnedView(client, grace_s=writers_grace_s(grace_s))
+        self.forwards = Forwards(client, grace_s=grace_s)
+        self._verified_s = min(VERIFIED_S, writers_grace_s(grace_s) / 4)
         self.enabled = enabled
         """False: nothing is ever found, so every chunk is stored anew; own uploads are noted all the same."""
         self._client = client
@@ -169,11 +178,42 @@ class Deduplicator:
         self._verified: OrderedDict[bytes, tuple[float, dict[bytes, Reference]]] = OrderedDict()
 
     async def find(self, chunk_ids: Sequence[bytes]) -> dict[bytes, Reference]:
-        """References, each checked, for those of the chunks that are stored."""
+        """References, each checked, for those of the chunks that are stored and may be referred to."""
         if not chunk_ids or not self.enabled:
             return {}
         candidates = await trio.to_thread.run_sync(self.index.lookup, chunk_ids, limiter=self._limiter)
-        return await self.check(candidates)
+        if not candidates:
+            return {}
+        # The list first: a pack that is condemned after this look is deleted a whole grace after it.
+        await self.condemned.refresh()
+        return await self.check({c: r for c, r in candidates.items() if not self.condemned.forbids(r)})
+
+    async def lost(self, pack_ids: Collection[bytes]) -> list[PackId]:
+        """Those of the packs that are gone or condemned, by a look that begins now; they are never hit again."""
+        await self.condemned.refresh(0)
+        condemned = self.condemned.current.packs
+        lost = [PackId(p) for p in pack_ids if p in condemned]
+        slots = trio.CapacityLimiter(FOOTERS_IN_FLIGHT)
+
+        async def look(pack_id: PackId) -> None:
+            async with slots:
+                try:
+                    await self._client.head(pack.pack_name(pack_id))
+                except ObjectNotFoundError:
+                    lost.append(pack_id)
+
+        async with open_nursery() as nursery:
+            for pack_id in pack_ids:
+                if pack_id not in condemned:
+                    nursery.start_soon(look, PackId(pack_id))
+        for pack_id in lost:
+            self._verified.pop(pack_id, None)
+        return lost
+
+    async def put_right(self, node: bytes) -> tuple[bytes, set[bytes]]:
+        """A map node that is about to be stored, with what compactions have moved at its new places; and the packs of those."""
+        await self.condemned.refresh()
+        return await self.forwards.put_right(node, self.condemned.current.moved)
 
     async def check(self, candidates: dict[bytes, Reference]) -> dict[bytes, Reference]:
         """Those whose pack exists and lists them so; the others are dropped from the index."""
@@ -191,12 +231,12 @@ class Deduplicator:
         return good
 
     async def _footers(self, pack_ids: list[PackId]) -> dict[PackId, dict[bytes, Reference]]:
-        """Rows of each pack's footer, no older than VERIFIED_S; none for a pack that is gone or damaged."""
+        """Rows of each pack's footer, no older than `_verified_s`; none for a pack that is gone or damaged."""
         found: dict[PackId, dict[bytes, Reference]] = {}
         missing: list[PackId] = []
         for pack_id in pack_ids:
             known = self._verified.get(pack_id)
-            if known is not None and boot_time_s() - known[0] < VERIFIED_S:
+            if known is not None and boot_time_s() - known[0] < self._verified_s:
                 self._verified.move_to_end(pack_id)
                 found[pack_id] = known[1]
             else:

@@ -16,7 +16,7 @@ from novafs.errors import ObjectCorruptError
 from novafs.imagemap import MapState
 from novafs.objectstore.client import StoreClient
 from novafs.record import seal, unseal
-from novafs.revisions import Chain, new_nonce
+from novafs.revisions import GRACE_S_DEFAULT, Chain, new_nonce, writers_grace_s
 
 KIND: Final = b"GENR"
 VERSION: Final = 1
@@ -65,8 +65,8 @@ def generation_prefix(image_id: bytes) -> str:
     return f"{PREFIX}{image_id.hex()}/"
 
 
-def generation_chain(client: StoreClient, image_id: bytes) -> Chain[Generation]:
-    """The chain of an image's generations."""
+def generation_chain(client: StoreClient, image_id: bytes, *, grace_s: float = GRACE_S_DEFAULT) -> Chain[Generation]:
+    """The chain of an image's generations. grace_s: `gc.grace`, for whoever commits."""
 
     def decode(data: bytes, name: str) -> Generation:
         found = unseal(KIND, VERSION, data, Generation, name)
@@ -76,4 +76,10 @@ def generation_chain(client: StoreClient, image_id: bytes) -> Chain[Generation]:
             raise ObjectCorruptError(f"{name}: its map does not parse; run 'novafs fsck'")
         return found
 
-    return Chain(client, generation_prefix(image_id), encode=lambda g: seal(KIND, VERSION, g), decode=decode)
+    return Chain(
+        client,
+        generation_prefix(image_id),
+        encode=lambda g: seal(KIND, VERSION, g),
+        decode=decode,
+        grace_s=writers_grace_s(grace_s),
+    )

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Final, Protocol
 
@@ -25,14 +25,14 @@ from novafs import dirty
 from novafs.cache.tiered import ChunkCache
 from novafs.chunk import HOLE_BYTES, ChunkIndex, Reference
 from novafs.dirty import Layer
-from novafs.errors import LeaseLostError, NovaError, ReadOnlyError, RetryableError, StaleError, TooLargeError
+from novafs.errors import LeaseLostError, NovaError, ObjectNotFoundError, ReadOnlyError, RetryableError, StaleError, TooLargeError
 from novafs.generation import Generation
 from novafs.imagemap import FANOUT, LEVELS_MAX, TOP_MAX, MapState
 from novafs.imagereader import ImageReader
 from novafs.journal import Journal
 from novafs.journalfile import Record, RecordKind
 from novafs.lease import Lease
-from novafs.packwriter import PackWriter
+from novafs.packwriter import PacksLostError, PackWriter, UsedPacks
 from novafs.revisions import Chain, ConflictError, Head, new_nonce
 
 log = logging.getLogger(__name__)
@@ -61,6 +61,10 @@ class Writeback(Protocol):
 
     async def acquire_lease(self, image: Image) -> Lease:
         """The right to write an image. Raises LeaseHeldError, ReadOnlyError."""
+        ...
+
+    def unsure_lease(self, image: Image) -> Lease | None:
+        """The lease that a failed `acquire_lease` may have taken all the same; it is to be released."""
         ...
 
     async def release_lease(self, lease: Lease) -> None:
@@ -127,10 +131,14 @@ class Image(ImageReader):
         self.handles = 0
         self._chain = chain
         self._writeback = writeback
+        self._unanswered: UsedPacks | None = None
+        """Of commits of which it is not known whether they count."""
         self._commit_lock = trio.Lock()
         self._lease_lock = trio.Lock()
         self._journal_lock = trio.Lock()
         self._lease: Lease | None = None
+        self._leaving: Lease | None = None
+        """A lease whose release is under way or failed: nothing is written under it, and it is released before another is taken."""
         self._dirty_bytes = 0
         self._dirty_since_s: float | None = None
         self._pending: list[Record] = []
@@ -156,6 +164,26 @@ class Image(ImageReader):
     def lease(self) -> Lease | None:
         """The held lease, if this host writes the image."""
         return self._lease
+
+    @property
+    def leaving(self) -> bool:
+        """Whether a lease is still to be given back (`release_lease`)."""
+        return self._leaving is not None
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """See `ImageReader.read`. Raises StaleError where the generation that is open here was collected: the image was removed,
+        or written elsewhere, and this host did not renew its pin for `gc.grace`."""
+        try:
+            return await super().read(offset, length)
+        except ObjectNotFoundError as error:
+            try:
+                await self._chain.read(self.generation)
+            except ObjectNotFoundError:
+                raise StaleError(
+                    f"{self.name}: generation {self.generation}, which is open here, was replaced or removed elsewhere, and collected "
+                    f"while this host was away; close and reopen it"
+                ) from error
+            raise
 
     # -- writing ------------------------------------------------------------------------------------------------
 
@@ -195,6 +223,8 @@ class Image(ImageReader):
         if self.read_only:
             raise ReadOnlyError(f"{self.name}: opened on a read-only volume, mount or snapshot")
         while True:
+            if incarnation is not None:
+                self._check_lost(incarnation)
             self._check_incarnation(incarnation)
             if self._lease is None:
                 await self.take_lease()
@@ -251,38 +281,55 @@ class Image(ImageReader):
         async with self._lease_lock:
             if self._lease is not None:
                 return
-            lease = await self._writeback.acquire_lease(self)
+            await self._finish_leaving()
+            try:
+                lease = await self._writeback.acquire_lease(self)
+            except BaseException:
+                self._leaving = self._writeback.unsure_lease(self)
+                raise
             try:
                 async with self._commit_lock:
                     await self._fence(lease, replaying)
             except BaseException:
+                self._leaving = lease
                 with trio.move_on_after(5, shield=True):
-                    await self._writeback.release_lease(lease)
+                    try:
+                        await self._finish_leaving()
+                    except NovaError as error:
+                        log.warning("%s: its lease is given back later: %s", self.name, error)
                 raise
             self._lease = lease
 
     async def _fence(self, lease: Lease, replaying: bool) -> None:
-        head = await self._chain.head(self._head)
-        if head is None:
-            raise StaleError(f"{self.name}: the image was removed from the store")
-        if head.record.counter != self.generation:
-            raise StaleError(f"{self.name}: another host wrote the image since it was opened here; close and reopen it")
         journal = self._writeback.journal
-        sequence = head.record.sequence
-        if journal is not None and not replaying:
-            # Whatever the journal still has of this image is in older generations, perhaps under another host's: never again.
-            sequence = journal.next_sequence()
-        generation = head.record.successor(
-            epoch=lease.epoch,
-            journal_id=journal.journal_id if journal is not None else b"",
-            sequence=sequence,
-            committed_ns=time.time_ns(),
-        )
-        try:
-            self._adopt(await self._chain.commit(head, generation), self._state)
-        except ConflictError as error:
-            raise StaleError(f"{self.name}: another host wrote the image at the same moment; close and reopen it") from error
-        self._last_sequence = self._safe_sequence = max(self._last_sequence, sequence)
+        journal_id = journal.journal_id if journal is not None else b""
+        while True:
+            head = await self._chain.head(self._head)
+            if head is None:
+                raise StaleError(f"{self.name}: the image was removed from the store")
+            if head.record.counter != self.generation:
+                if not self._is_own_fence(head.record) and not (replaying and head.record.journal_id == journal_id):
+                    raise StaleError(f"{self.name}: another host wrote the image since it was opened; close and reopen it")
+                self._adopt(head)
+            sequence = head.record.sequence
+            if journal is not None and not replaying:
+                # Whatever the journal still has of this image is in older generations, perhaps under another host's: never again.
+                if head.record.journal_id == journal_id:
+                    journal.advance(sequence)
+                sequence = journal.next_sequence()
+            generation = head.record.successor(epoch=lease.epoch, journal_id=journal_id, sequence=sequence, committed_ns=time.time_ns())
+            try:
+                self._adopt(await self._chain.commit(head, generation), self._state)
+            except ConflictError:
+                continue  # another host's, or an earlier request of this one that was long on its way
+            self._last_sequence = self._safe_sequence = max(self._last_sequence, sequence)
+            return
+
+    def _is_own_fence(self, newer: Generation) -> bool:
+        """Whether a newer generation is this host's own, with the content that is known here: the answer of a fence was lost."""
+        journal, known = self._writeback.journal, self._head.record
+        same = (newer.size, newer.levels, newer.top) == (known.size, known.levels, known.top)
+        return journal is not None and newer.journal_id == journal.journal_id and same
 
     async def replace_content(self, other: Generation) -> None:
         """Commit a generation with the content of `other`, an older one of this image; the lease is held, nothing is dirty.
@@ -316,41 +363,45 @@ class Image(ImageReader):
             self._adopt(head)
 
     async def release_lease(self) -> None:
-        """Give the lease back; nothing is dirty. No error where there is none."""
+        """Give the lease back; nothing is dirty. No error where there is none. After an error (what the store raises) it
+        is still to be given back (`leaving`): call again."""
         async with self._lease_lock:
-            lease = self._lease
-            if lease is None or self.dirty:
-                return
-            self._lease = None
-            await self._writeback.release_lease(lease)
+            if self._lease is not None and not self.dirty:
+                self._lease, self._leaving = None, self._lease
+            await self._finish_leaving()
+
+    async def _finish_leaving(self) -> None:
+        if self._leaving is not None:
+            await self._writeback.release_lease(self._leaving)
+            self._leaving = None
 
     async def discard(self) -> None:
         """The image was removed and nobody has it open: what is dirty is of no use to anybody."""
-        async with self._commit_lock:
-            self._layers = [Layer()]
-            self._pending = []
-            self._account(-self._dirty_bytes)
-            self._dirty_since_s = None
+        async with self._commit_lock, self._journal_lock:
+            self._forget_dirty()
             journal = self._writeback.journal
             if journal is not None:
                 journal.committed(self.node_id, self._last_sequence)
-            self._adopt(self._head, self._state)
+
+    def _forget_dirty(self) -> None:
+        self._layers = [Layer()]
+        self._pending = []
+        self._account(-self._dirty_bytes)
+        self._dirty_since_s = None
+        self._adopt(self._head, self._state)
 
     async def lose_lease(self, error: NovaError) -> None:
         """Another host has the lease: forget what is dirty, after it was kept aside. Readers see the last generation from here on."""
-        async with self._commit_lock:
+        # The journal's lock as well: what is on its way there is neither pending nor found on disk.
+        async with self._commit_lock, self._journal_lock:
             if self._lease is None:
                 return
             self._lease.lost = True
-            pending, self._pending = self._pending, []
-            had = self.dirty
-            self._layers = [Layer()]
+            pending, had = self._pending, self.dirty
             self._lease = None
             self.incarnation += 1
             self._lost = (self.incarnation, error)
-            self._adopt(self._head, self._state)
-            self._account(-self._dirty_bytes)
-            self._dirty_since_s = None
+            self._forget_dirty()
             if had:
                 await self._writeback.set_aside(self, pending, error)
 
@@ -378,6 +429,11 @@ class Image(ImageReader):
             await self.commit()
         lease.check()
 
+    async def keep(self) -> None:
+        """Put what is not there yet into the journal, whatever the lease says: the volume is being closed. Raises what `fsync` raises."""
+        if self._writeback.durability == "journal":
+            await self._write_journal()
+
     async def _write_journal(self) -> None:
         journal, target = self._writeback.journal, self._last_sequence
         if self._safe_sequence >= target or journal is None:
@@ -390,9 +446,11 @@ class Image(ImageReader):
                 await journal.append(batch)
             except BaseException:
                 # A commit may have taken some of them meanwhile.
-                self._pending = [r for r in batch if r.sequence > self._safe_sequence] + self._pending
+                left = [r for r in batch if r.sequence > self._safe_sequence]
+                self._account(_payload(left) - _payload(batch))
+                self._pending = left + self._pending
                 raise
-            self._account(-sum(len(r.data) for r in batch))
+            self._account(-_payload(batch))
             self._safe_sequence = max(self._safe_sequence, batch[-1].sequence)
 
     async def flush(self, *, incarnation: int | None = None) -> None:
@@ -416,7 +474,7 @@ class Image(ImageReader):
                 return
         if error is not None and not isinstance(error, RetryableError):
             raise error
-        await self.fsync()
+        await self.fsync(incarnation=incarnation)
         log.warning(
             "%s: closed while the store does not answer (%s); %d bytes are in the journal of this host and not yet in the store",
             self.name,
@@ -445,9 +503,11 @@ class Image(ImageReader):
         lease = self._lease
         if lease is None or lease.lost:
             raise LeaseLostError(f"{self.name}: the right to write it went to another host")
-        # The freeze, in one step: layers, size, times and sequence are of this moment.
-        frozen = list(self._layers)
-        self._layers.append(Layer())
+        # The freeze, in one step: layers, size, times and sequence are of this moment. While the store is away each try freezes
+        # what has come since the last one.
+        if self._layers[-1].touched:
+            self._layers.append(Layer())
+        frozen = self._layers[:-1]
         since_s, self._dirty_since_s = self._dirty_since_s, None
         sequence = self._last_sequence
         generation = self._head.record.successor(
@@ -467,7 +527,7 @@ class Image(ImageReader):
         del self._layers[: len(frozen)]
         self._adopt(head, state)
         taken = sum(len(layer.chunks) for layer in frozen) * self.chunk_size
-        taken += sum(len(r.data) for r in self._pending if r.sequence <= sequence)
+        taken += _payload(r for r in self._pending if r.sequence <= sequence)
         self._pending = [r for r in self._pending if r.sequence > sequence]
         self._safe_sequence = max(self._safe_sequence, sequence)
         self._account(-taken)
@@ -477,7 +537,8 @@ class Image(ImageReader):
         return self.generation
 
     async def _store_own(self, frozen: list[Layer], generation: Generation, lease: Lease) -> tuple[Head[Generation], MapState]:
-        """`_store`, again where the number was taken by an earlier try of our own whose answer was lost."""
+        """`_store`, again where the number was taken by an earlier try of our own whose answer was lost, and where a collection
+        has overtaken it."""
         while True:
             try:
                 return await self._store(frozen, generation)
@@ -489,16 +550,29 @@ class Image(ImageReader):
                     raise LeaseLostError(
                         f"{self.name}: another host wrote the image although this one held epoch {lease.epoch} of its lease"
                     ) from error
-            # The frozen layers hold all that it holds, and more: applied once more they give the same bytes.
-            self._adopt(head)
-            generation = msgspec.structs.replace(
-                generation,
-                counter=head.record.counter + 1,
-                predecessor=head.record.nonce,
-                nonce=new_nonce(),
-                stored_bytes=head.record.stored_bytes,
-                allocated_chunks=head.record.allocated_chunks,
-            )
+                if self._unanswered is not None and await self._unanswered.lost():
+                    self._pass_over(head.record)
+                else:
+                    # The frozen layers hold all that it holds, and more: applied once more they give the same bytes.
+                    self._adopt(head)
+                newest = self._head.record
+                self._unanswered = None
+                figures = {"stored_bytes": newest.stored_bytes, "allocated_chunks": newest.allocated_chunks}
+                generation = msgspec.structs.replace(generation, **figures)
+            except PacksLostError as error:
+                log.warning("%s: the commit took so long that a collection has overtaken it; everything is stored again", self.name)
+                if not error.committed:
+                    continue  # nothing names what was lost
+                self._unanswered = None
+                self._pass_over(generation)
+            newest = self._head.record
+            generation = msgspec.structs.replace(generation, counter=newest.counter + 1, predecessor=newest.nonce, nonce=new_nonce())
+
+    def _pass_over(self, lost: Generation) -> None:
+        """The newest generation is our own, and a collection has taken its packs: count on from it, with the content from before
+        it, which is retained; the frozen layers have all the rest."""
+        record = msgspec.structs.replace(self._head.record, counter=lost.counter, nonce=lost.nonce, predecessor=lost.predecessor)
+        self._adopt(Head(record, self._head.read_s), self._state)
 
     def replay(self, records: Sequence[Record]) -> None:
         """Apply records of the journal, in order; the lease is held. Nothing is durable anew before `commit`."""
@@ -526,16 +600,29 @@ class Image(ImageReader):
                         stored_bytes, allocated = stored_bytes - Reference.unpack(old).length, allocated - 1
                     if new != HOLE_BYTES:
                         stored_bytes, allocated = stored_bytes + Reference.unpack(new).length, allocated + 1
-                    if new[:32] != old[:32] or index >= clear_from:
+                    if new[:32] != old[:32] or index >= clear_from or writer.forbids(old):
                         changes[ChunkIndex(index)] = new
                     elif new != HOLE_BYTES:  # the same content: keep the reference there was
                         stored_bytes += Reference.unpack(old).length - Reference.unpack(new).length
-            state = await base.rewrite(changes, chunks, clear_from, self._cache.fetch, writer.put_blob)
+            state = await base.rewrite(changes, chunks, clear_from, self._cache.fetch, writer.put_blob, writer.put_right)
             await writer.finish()
+        if gone := await writer.used.lost():
+            raise PacksLostError(gone)
         generation = msgspec.structs.replace(
             generation, levels=state.levels, top=state.top, stored_bytes=stored_bytes, allocated_chunks=allocated
         )
-        return await self._chain.commit(self._head, generation), state
+        # Until the answer, what the store has under the number may be this try's or an earlier one's.
+        earlier, self._unanswered = self._unanswered, writer.used.joined(self._unanswered)
+        try:
+            head = await self._chain.commit(self._head, generation)
+        except ConflictError:
+            self._unanswered = earlier
+            raise
+        self._unanswered = writer.used
+        if gone := await writer.used.lost():  # until here the journal has it all
+            raise PacksLostError(gone, committed=True)
+        self._unanswered = None
+        return head, state
 
     async def _count_from(self, state: MapState, first: int) -> tuple[int, int]:
         """Payload bytes and number of the chunks from index `first` on."""
@@ -583,5 +670,12 @@ class Image(ImageReader):
                 raise StaleError(
                     f"{self.name}: another host wrote the image while data written here was not committed; close and reopen it"
                 )
+            if not self._is_own_fence(head.record):
+                self.incarnation += 1  # whoever has read the older one must not write over what he has not seen
             self._adopt(head)
             return True
+
+
+def _payload(records: Iterable[Record]) -> int:
+    """Bytes that records waiting for the journal take."""
+    return sum(len(record.data) for record in records)

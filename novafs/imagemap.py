@@ -38,6 +38,8 @@ Fetch = Callable[[Sequence[Reference]], Awaitable[list[bytes]]]
 """Plain content of references, in order: `ChunkCache.fetch`."""
 PutNode = Callable[[bytes], Awaitable[Reference]]
 """Stores one node, gives its reference: `PackWriter.put_blob`."""
+PutRight = Callable[[bytes], Awaitable[bytes]]
+"""A node, or a top, as it should be stored: `PackWriter.put_right` names what compactions have moved at its new places."""
 
 
 def levels_for(chunks: int) -> int:
@@ -180,18 +182,19 @@ class MapState:
         clear_from: int,
         fetch: Fetch,
         put_node: PutNode,
+        put_right: PutRight | None = None,
     ) -> MapState:
         """The map after a commit: entries from chunk `clear_from` on become holes, then `changes` are set; `chunks` long.
 
-        `changes` are 64-byte entries. Nodes that change are stored through `put_node`, from the leaves up. This state
-        is not touched, but for nodes loaded on the way.
+        `changes` are 64-byte entries. Nodes that change are stored through `put_node`, from the leaves up, each put right
+        before: a map follows compactions where it is written anyway. This state is not touched, but for nodes loaded on the way.
         """
         levels = max(self.levels, levels_for(max(chunks, self.chunks)))
         edit = _Edit(self, levels, fetch)
         if clear_from < self.chunks:
             await edit.clear(clear_from)
         await edit.apply(changes)
-        return await edit.finish(chunks, put_node)
+        return await edit.finish(chunks, put_node, put_right)
 
 
 class _Edit:
@@ -260,11 +263,14 @@ class _Edit:
             at = (index & 255) << 6
             node[at : at + REFERENCE_SIZE] = raw
 
-    async def finish(self, chunks: int, put_node: PutNode) -> MapState:
+    async def finish(self, chunks: int, put_node: PutNode, put_right: PutRight | None) -> MapState:
         """Store the changed nodes from the leaves up; the new state, with them loaded."""
         for level in range(self._levels):
             for index in sorted(self._dirty[level]):
                 node = bytes(self._dirty[level][index])
+                if put_right is not None and (righted := await put_right(node)) is not node:
+                    node = righted
+                    self._dirty[level][index] = bytearray(node)
                 raw = HOLE_BYTES if node == EMPTY_NODE else (await put_node(node)).pack()
                 if level == self._levels - 1:
                     self._grow_top(index + 1)
@@ -275,7 +281,8 @@ class _Edit:
                     parent[at : at + REFERENCE_SIZE] = raw
         entries = top_entries(chunks, self._levels)
         self._grow_top(entries)
-        state = MapState(chunks, self._levels, bytes(self._top[: entries * REFERENCE_SIZE]))
+        top = bytes(self._top[: entries * REFERENCE_SIZE])
+        state = MapState(chunks, self._levels, top if put_right is None else await put_right(top))
         base = self._base
         for level in range(self._levels):
             span = FANOUT ** (level + 1)

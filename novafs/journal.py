@@ -17,12 +17,13 @@ import contextlib
 import errno
 import logging
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import trio
+import xxhash
 
 from novafs import durable
 from novafs import journalfile as files
@@ -34,7 +35,11 @@ from novafs.journalfile import Record, Segment, SegmentHeader
 log = logging.getLogger(__name__)
 
 ID_FILE: Final = "id"
+ASIDE_DIR: Final = "aside"
+"""Beside the journal: what could not be replayed, for 'novafs fsck' and for people."""
 SPARES_MAX: Final = 4
+_DAMAGED: Final = b"damaged"
+"""Stands for an image in what is needed of a segment that has not been kept aside yet."""
 _FULL: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -75,15 +80,25 @@ class Journal:
         self._spares = sorted(directory.glob(f"*{files.SPARE_SUFFIX}"))
         # path -> image id -> highest sequence in it; Invariant: a segment leaves only when this is empty.
         self._needed: dict[Path, dict[bytes, int]] = {}
+        self._failed: set[Path] = set()
+        """Segments on which the disk has failed: never used again."""
+        self._committed: dict[bytes, int] = {}
+        self._previous = (0, 0)
+        """Number of the segment that was written last, and its synced bytes."""
         self._number = 1
         self._sequence = 0
         self._records = self._syncs = self._written = 0
         for segment in found:
-            self._number = max(self._number, segment.header.number + 1)
             last: dict[bytes, int] = {}
+            if segment.header is not None:
+                self._number = max(self._number, segment.header.number + 1)
+            else:
+                self._failed.add(segment.path)
             for record in segment.records:
                 last[record.image_id] = max(last.get(record.image_id, 0), record.sequence)
                 self._sequence = max(self._sequence, record.sequence)
+            if segment.damaged_at >= 0:
+                last[_DAMAGED] = 1  # until `keep_damaged`
             self._needed[segment.path] = last
 
     @classmethod
@@ -92,7 +107,12 @@ class Journal:
 
         Raises ObjectCorruptError where the id file is damaged, OSError.
         """
-        durable.make_dirs(directory, ops=ops)
+        # Whoever made these directories may have been killed before they were durable.
+        durable.make_dirs(directory, below=directory.parent, ops=ops)
+        with contextlib.suppress(PermissionError):
+            ops.fsync_dir(directory.parent.parent)
+        # What is not here now must not come back: numbers and sequences may begin anew.
+        ops.fsync_dir(directory)
         id_path = directory / ID_FILE
         if not id_path.exists():
             with contextlib.suppress(FileExistsError):
@@ -103,7 +123,9 @@ class Journal:
             raise ObjectCorruptError(
                 f"{id_path}: holds no journal id; move the directory aside and mount again, then see 'novafs fsck'"
             ) from error
-        segments = [s for s in files.read_segments(directory) if s.header.journal_id == journal_id]
+        for path in _leftovers(directory):
+            ops.unlink(path)
+        segments = [s for s in files.read_segments(directory) if s.header is None or s.header.journal_id == journal_id]
         return cls(directory, journal_id, segments, ops=ops), segments
 
     def next_sequence(self) -> int:
@@ -141,12 +163,12 @@ class Journal:
     async def _write_some(self, queue: list[Record]) -> list[Record]:
         """Write as many as the segment takes, and sync; those that are left."""
         size = files.RECORD_BYTES + len(queue[0].data)
-        if self._current is None or self._current.position + size > files.SEGMENT_BYTES:
+        if self._current is None or files.block_end(self._current.position) + size > files.SEGMENT_BYTES:
             await self._start()
         current = self._current
         assert current is not None
         parts: list[bytes] = []
-        end = current.position
+        start = end = files.block_end(current.position)
         count = 0
         for record in queue:
             size = files.RECORD_BYTES + len(record.data)
@@ -158,9 +180,10 @@ class Journal:
         # Noted before the write: a segment that may hold a record is not given away under it.
         last = self._needed[current.path]
         for record in queue[:count]:
-            last[record.image_id] = max(last.get(record.image_id, 0), record.sequence)
-        await trio.to_thread.run_sync(lambda: files.append(current.fd, current.position, parts, ops=self._ops), limiter=self._limiter)
-        self._written += end - current.position
+            if record.sequence > self._committed.get(record.image_id, 0):
+                last[record.image_id] = max(last.get(record.image_id, 0), record.sequence)
+        await trio.to_thread.run_sync(lambda: files.append(current.fd, start, parts, ops=self._ops), limiter=self._limiter)
+        self._written += end - start
         self._records += count
         self._syncs += 1
         current.position = current.synced = end
@@ -168,26 +191,31 @@ class Journal:
 
     async def _start(self) -> None:
         self._close_current()
-        number, self._number = self._number, self._number + 1
+        header = SegmentHeader(self.journal_id, self._number, secrets.randbits(64), *self._previous)
+        self._number += 1
         spare = self._spares.pop() if self._spares else None
-        fd, header, path = await trio.to_thread.run_sync(
-            lambda: files.start_segment(self.directory, self.journal_id, number, spare, ops=self._ops), limiter=self._limiter
+        fd, path = await trio.to_thread.run_sync(
+            lambda: files.start_segment(self.directory, header, spare, ops=self._ops), limiter=self._limiter
         )
         self._current = _Open(fd, header, path)
         self._needed[path] = {}
         self._recycle()
 
     def _give_up(self) -> None:
-        self._spares.clear()  # a full or failing disk: start from a file that was written whole
+        if self._current is not None:
+            self._failed.add(self._current.path)
         self._close_current()
 
     def _close_current(self) -> None:
         if self._current is not None:
             current, self._current = self._current, None
+            self._previous = (current.header.number, current.synced)
             self._ops.close(current.fd)
 
     def committed(self, image_id: bytes, sequence: int) -> None:
         """Everything of an image up to `sequence` is in a committed generation, or was set aside."""
+        # Kept, because records that are on their way to the disk now are not needed there either.
+        self._committed[image_id] = max(self._committed.get(image_id, 0), sequence)
         for last in self._needed.values():
             if last.get(image_id, sequence + 1) <= sequence:
                 del last[image_id]
@@ -200,35 +228,62 @@ class Journal:
             del self._needed[path]
             # Neither call needs to be durable: a segment that comes back after a crash holds nothing that replay takes.
             try:
-                if len(self._spares) < SPARES_MAX and path.stat().st_size == files.SEGMENT_BYTES:
+                if path not in self._failed and len(self._spares) < SPARES_MAX and path.stat().st_size == files.SEGMENT_BYTES:
                     spare = path.with_suffix(files.SPARE_SUFFIX)
                     self._ops.rename(path, spare)
                     self._spares.append(spare)
                 else:
                     self._ops.unlink(path)
+                    self._failed.discard(path)
             except OSError as error:
                 log.warning("journal segment %s could not be given back: %s", path, error)
 
-    def set_aside(self, name: str, records: Iterable[Record]) -> Path:
-        """Keep an image's records in a file of their own under `aside/`, durable; its path. Blocking; for replay."""
-        directory = self.directory.parent / "aside"
+    def set_aside(self, image_id: bytes, records: Sequence[Record]) -> Path:
+        """Keep an image's records in a file of their own under `aside/`, durable; its path. Blocking; for replay.
+
+        The same records are kept once, however often a crash has them set aside again.
+        """
+        directory = self.directory.parent / ASIDE_DIR
         durable.make_dirs(directory, ops=self._ops)
         seed = secrets.randbits(64)
         content = bytearray(files.encode_header(SegmentHeader(self.journal_id, 0, seed)))
         for record in records:
             for part in _split(record):
                 content += b"".join(files.encode_record(part, seed, 0))
-        path = directory / f"{name}-{secrets.token_hex(4)}{files.SUFFIX}"
-        durable.write_new(path, bytes(content), ops=self._ops)
+        first, last = min(r.sequence for r in records), max(r.sequence for r in records)
+        path = directory / f"{image_id.hex()}-{self.journal_id.hex()[:12]}-{first}-{last}{files.SUFFIX}"
+        with contextlib.suppress(FileExistsError):
+            durable.write_new(path, bytes(content), ops=self._ops)
         return path
+
+    def keep_damaged(self, segment: Segment) -> Path:
+        """Keep a damaged segment as it is under `aside/`, durable; its path. Blocking; for replay."""
+        directory = self.directory.parent / ASIDE_DIR
+        durable.make_dirs(directory, ops=self._ops)
+        content = segment.path.read_bytes()
+        path = directory / f"damaged-{segment.path.stem}-{xxhash.xxh64_hexdigest(content)}{files.SUFFIX}"
+        with contextlib.suppress(FileExistsError):
+            durable.write_new(path, content, ops=self._ops)
+        return path
+
+    def damage_kept(self, segment: Segment) -> None:
+        """`keep_damaged` has returned: the segment may go once nothing else in it is needed."""
+        self._needed[segment.path].pop(_DAMAGED, None)
 
     def statistics(self) -> JournalStatistics:
         """Counts and sizes as of now."""
         return JournalStatistics(self._records, self._syncs, self._written, len(self._needed), len(self._needed) * files.SEGMENT_BYTES)
 
     def close(self) -> None:
-        """Close the open segment; nothing is lost by it, nor by not calling it."""
+        """Close the open segment, and give back what nobody needs; nothing is lost by it, nor by not calling it."""
         self._close_current()
+        self._recycle()
+
+
+def _leftovers(directory: Path) -> list[Path]:
+    """Files of a journal that a crash has left half made: they hold nothing, and a new segment may want their names."""
+    spares = [path for path in directory.glob(f"*{files.SPARE_SUFFIX}") if path.stat().st_size != files.SEGMENT_BYTES]
+    return [*files.unfinished(directory), *spares]
 
 
 def _split(record: Record) -> list[Record]:

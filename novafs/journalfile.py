@@ -4,25 +4,31 @@ A journal is a directory of segment files. Each is written front to back, and us
 new seed) once everything in it is in a committed generation; a file that was written before syncs in two thirds of
 the time of one that grows, because no metadata changes.
 
-    segment header, 4096 bytes   magic "NOVAJNL\\x01" (8), journal id (16), number (u64), seed (u64), zero, xxh64 of all before it (last 8)
-    records                      header of 80 bytes, payload
+    segment header, 4096 bytes   magic "NOVAJNL\\x01" (8), journal id (16), number (u64), seed (u64), number of the segment written
+                                 before it (u64), bytes of that one that were synced (u64), zero, xxh64 of all before it (last 8)
+    records                      header of 80 bytes, payload; those of one fdatasync follow each other, and begin at a multiple
+                                 of 4096
 
     record header, 80 bytes      magic "JREC", kind (u8: 1 data, 2 resize), zero (3), image id (16), epoch (u64), sequence (u64),
                                  offset in the image or new size (u64), payload length (u32), synced (u32), time in ns (u64), zero (8),
                                  xxh64, seeded with the segment's seed, of the 72 bytes before it and the payload
 
 `synced` is how far into the segment the last fdatasync before this record had reached. What follows the last valid
-record is a torn tail, and is dropped, unless a later record (found by its magic and a right checksum) says that the
-bytes had been synced: then the journal is damaged, and nobody may pretend that it was not (`damaged_at`).
+record is a torn tail, and is dropped, unless a later record (found by its magic and a right checksum) or the next
+segment says that the bytes had been synced: then the journal is damaged, and nobody may pretend that it was not
+(`damaged_at`). Blocks that hold synced bytes are never written again: a power cut may take a whole block with it.
+
+A segment's name is durable only once its header is: one without a valid header holds no records (it is deleted),
+unless it does (then its header is damaged, and it is kept aside).
 
 Everything here is blocking and pure of state: the trio side is `novafs.journal`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import os
-import secrets
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -35,13 +41,15 @@ from novafs.durable import FileOps
 
 SEGMENT_BYTES: Final = 16 << 20
 HEADER_BYTES: Final = 4096
+BLOCK_BYTES: Final = 4096
+"""What a device or its file system may damage as a whole when power fails while a part of it is written."""
 PAYLOAD_MAX: Final = 1 << 20
 SUFFIX: Final = ".seg"
 SPARE_SUFFIX: Final = ".spare"
 
 _MAGIC: Final = b"NOVAJNL\x01"
 _RECORD_MAGIC: Final = b"JREC"
-_HEADER: Final = struct.Struct("<8s16sQQ")
+_HEADER: Final = struct.Struct("<8s16sQQQQ")
 _RECORD: Final = struct.Struct("<4sB3x16sQQQIIQ8x")
 _DIGEST: Final = struct.Struct("<Q")
 RECORD_BYTES: Final = _RECORD.size + _DIGEST.size
@@ -67,20 +75,31 @@ class Record(NamedTuple):
 
 
 class SegmentHeader(NamedTuple):
-    """Whose segment it is, its number, and the seed of its records' checksums."""
+    """Whose segment it is, its number, the seed of its records' checksums, and which segment was written before it, up to which byte
+    (0: none)."""
 
     journal_id: bytes
     number: int
     seed: int
+    previous: int = 0
+    previous_synced: int = 0
 
 
 class Segment(NamedTuple):
-    """A segment as found on disk. damaged_at: byte where synced records are unreadable, -1 where there are none."""
+    """A segment as found on disk. damaged_at: byte where synced records are unreadable, -1 where there are none.
+
+    header: None where it is damaged itself; damaged_at is 0 then, and there are no records.
+    """
 
     path: Path
-    header: SegmentHeader
+    header: SegmentHeader | None
     records: list[Record]
     damaged_at: int
+
+
+def block_end(position: int) -> int:
+    """`position` rounded up to a multiple of BLOCK_BYTES."""
+    return -(-position // BLOCK_BYTES) * BLOCK_BYTES
 
 
 def encode_header(header: SegmentHeader) -> bytes:
@@ -96,8 +115,8 @@ def decode_header(data: bytes) -> SegmentHeader | None:
     body = data[: HEADER_BYTES - _DIGEST.size]
     if _DIGEST.unpack_from(data, len(body))[0] != xxhash.xxh64_intdigest(body):
         return None
-    magic, journal_id, number, seed = _HEADER.unpack_from(body)
-    return SegmentHeader(journal_id, number, seed) if magic == _MAGIC else None
+    magic, *fields = _HEADER.unpack_from(body)
+    return SegmentHeader(*fields) if magic == _MAGIC else None
 
 
 def encode_record(record: Record, seed: int, synced: int) -> list[bytes]:
@@ -126,14 +145,17 @@ def _decode_record(view: memoryview, at: int, seed: int) -> tuple[Record, int, i
     return Record(RecordKind(kind), image_id, epoch, sequence, offset, data, time_ns), end, synced
 
 
-def scan(data: bytes, seed: int) -> tuple[list[Record], int]:
-    """The records of a segment's bytes, and `damaged_at`."""
+def scan(data: bytes, seed: int, synced: int = 0) -> tuple[list[Record], int]:
+    """The records of a segment's bytes, and `damaged_at`. synced: how far it was, as the next segment says."""
     view = memoryview(data)
     records: list[Record] = []
     at = HEADER_BYTES
-    while (found := _decode_record(view, at, seed)) is not None:
+    # The next one of the same fdatasync, or the first one of the next.
+    while (found := _decode_record(view, at, seed) or _decode_record(view, block_end(at), seed)) is not None:
         records.append(found[0])
         at = found[1]
+    if at < synced:
+        return records, at
     # Behind the first invalid byte: a torn tail, unless something later was written when these bytes were synced.
     search = at
     while (search := data.find(_RECORD_MAGIC, search + 1)) >= 0:
@@ -144,32 +166,58 @@ def scan(data: bytes, seed: int) -> tuple[list[Record], int]:
 
 
 def read_segments(directory: Path) -> Iterator[Segment]:
-    """The segments in a directory, in the order of their numbers. A file with no valid header never got that far, and is passed over."""
-    found: list[tuple[int, Path]] = []
-    for path in directory.glob(f"*{SUFFIX}"):
-        with path.open("rb") as file:
-            header = decode_header(file.read(HEADER_BYTES))
-        if header is not None:
-            found.append((header.number, path))
-    for _, path in sorted(found):
-        data = path.read_bytes()
-        header = decode_header(data)
-        if header is not None:
-            records, damaged_at = scan(data, header.seed)
-            yield Segment(path, header, records, damaged_at)
+    """The segments in a directory, in the order of their numbers; those whose header is damaged last.
 
-
-def start_segment(
-    directory: Path, journal_id: bytes, number: int, spare: Path | None, *, ops: FileOps = durable.SYSTEM
-) -> tuple[int, SegmentHeader, Path]:
-    """A segment ready for records, durable with its name: descriptor, header, path. Uses the `spare` file, where there is one.
-
-    Raises OSError; ENOSPC shows here, where nothing was promised yet, because the whole file is written.
+    A file without a valid header that holds no records never got that far, and is passed over (`unfinished`).
     """
-    header = SegmentHeader(journal_id, number, secrets.randbits(64))
-    path = directory / f"{number:016x}{SUFFIX}"
+    found: list[tuple[SegmentHeader, Path]] = []
+    damaged: list[Path] = []
+    for path in sorted(directory.glob(f"*{SUFFIX}")):
+        header = _read_header(path)
+        if header is not None:
+            found.append((header, path))
+        elif _holds_records(path):
+            damaged.append(path)
+    found.sort(key=lambda entry: entry[0].number)
+    synced: dict[tuple[bytes, int], int] = {}
+    for later, _ in found:
+        key = (later.journal_id, later.previous)
+        synced[key] = max(synced.get(key, 0), later.previous_synced)
+    for header, path in found:
+        records, damaged_at = scan(path.read_bytes(), header.seed, synced.get((header.journal_id, header.number), 0))
+        yield Segment(path, header, records, damaged_at)
+    for path in damaged:
+        yield Segment(path, None, [], 0)
+
+
+def unfinished(directory: Path) -> list[Path]:
+    """Segments whose making was cut off: no valid header, no records. Nothing was ever promised of them."""
+    return [path for path in directory.glob(f"*{SUFFIX}") if _read_header(path) is None and not _holds_records(path)]
+
+
+def _read_header(path: Path) -> SegmentHeader | None:
+    with path.open("rb") as file:
+        return decode_header(file.read(HEADER_BYTES))
+
+
+def _holds_records(path: Path) -> bool:
+    return path.read_bytes().find(_RECORD_MAGIC, HEADER_BYTES) >= 0
+
+
+def start_segment(directory: Path, header: SegmentHeader, spare: Path | None, *, ops: FileOps = durable.SYSTEM) -> tuple[int, Path]:
+    """A segment ready for records, durable with its name: descriptor and path. Uses the `spare` file, where there is one.
+
+    Raises OSError, with the new file, or the spare one, gone. ENOSPC shows here, where nothing was promised yet, because
+    the whole file is written.
+    """
+    path = directory / f"{header.number:016x}{SUFFIX}"
     content = memoryview(encode_header(header))
-    fd = ops.create(path, durable.FILE_MODE) if spare is None else ops.open_rw(spare)
+    if spare is None:
+        fd, made = ops.create(path, durable.FILE_MODE), path
+    else:
+        # Its old name must not come back after a power cut with this header half written: that would look like damage.
+        ops.fsync_dir(directory)
+        fd, made = ops.open_rw(spare), spare
     try:
         _write_all(fd, [content], 0, ops)
         if spare is None:
@@ -179,11 +227,15 @@ def start_segment(
         ops.fsync(fd)
         if spare is not None:
             ops.rename(spare, path)
+            made = path
         ops.fsync_dir(directory)
     except BaseException:
         ops.close(fd)
+        # On a full disk half a segment would take the room that the next try needs.
+        with contextlib.suppress(OSError):
+            ops.unlink(made)
         raise
-    return fd, header, path
+    return fd, path
 
 
 def append(fd: int, position: int, parts: Sequence[bytes], *, ops: FileOps = durable.SYSTEM) -> None:

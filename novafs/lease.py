@@ -32,7 +32,7 @@ from novafs.errors import LeaseHeldError, LeaseLostError, NovaError, ObjectCorru
 from novafs.generation import HOST
 from novafs.objectstore.client import StoreClient
 from novafs.record import seal, unseal
-from novafs.revisions import Chain, ConflictError, Head, boot_time_s, new_nonce, revision_name
+from novafs.revisions import GRACE_S_DEFAULT, Chain, ConflictError, Head, boot_time_s, new_nonce, revision_name, writers_grace_s
 
 log = logging.getLogger(__name__)
 
@@ -84,12 +84,13 @@ class WantRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class LeaseRules:
-    """ttl_s: how long a heartbeat counts; wait_s: how long a writer waits for a lease that another host holds."""
+    """ttl_s: how long a heartbeat counts; wait_s: how long a writer waits for a lease that another host holds; grace_s: `gc.grace`."""
 
     durability: str = "journal"
     takeover: str = "manual"
     ttl_s: float = 30.0
     wait_s: float = 5.0
+    grace_s: float = GRACE_S_DEFAULT
 
 
 def lease_prefix(image_id: bytes) -> str:
@@ -102,8 +103,8 @@ def want_name(image_id: bytes, journal_id: bytes) -> str:
     return f"{WANTS_PREFIX}{image_id.hex()}/{journal_id.hex()}"
 
 
-def lease_chain(client: StoreClient, image_id: bytes) -> Chain[LeaseRecord]:
-    """The chain of an image's epochs."""
+def lease_chain(client: StoreClient, image_id: bytes, *, grace_s: float = GRACE_S_DEFAULT) -> Chain[LeaseRecord]:
+    """The chain of an image's epochs. grace_s: `gc.grace`, for whoever commits."""
 
     def decode(data: bytes, name: str) -> LeaseRecord:
         found = unseal(KIND, VERSION, data, LeaseRecord, name)
@@ -111,22 +112,26 @@ def lease_chain(client: StoreClient, image_id: bytes) -> Chain[LeaseRecord]:
             raise ObjectCorruptError(f"{name}: is a lease of image {found.image_id.hex()}; run 'novafs fsck'")
         return found
 
-    return Chain(client, lease_prefix(image_id), encode=lambda r: seal(KIND, VERSION, r), decode=decode)
+    return Chain(client, lease_prefix(image_id), encode=lambda r: seal(KIND, VERSION, r), decode=decode, grace_s=writers_grace_s(grace_s))
 
 
 class Lease:
     """A held lease. `lost` once a higher epoch was seen; then nothing may be written under it ever again."""
 
-    def __init__(self, chain: Chain[LeaseRecord], head: Head[LeaseRecord], client: StoreClient, clock_s: Callable[[], float]) -> None:
+    def __init__(self, chain: Chain[LeaseRecord], head: Head[LeaseRecord], beats: StoreClient, clock_s: Callable[[], float]) -> None:
+        """beats: for heartbeats alone, so that requests which hang do not keep them from being sent."""
         self._chain = chain
         self._head = head
-        self._client = client
+        self._beats = beats
+        self._beats_chain = lease_chain(beats, head.record.image_id)
         self._clock_s = clock_s
         self._lock = trio.Lock()
         self.sent_s = head.read_s
         """Boot time before the last heartbeat that was answered was sent: the lease is surely ours until sent_s + ttl."""
         self.lost = False
         self.released = False
+        self._release: LeaseRecord | None = None
+        """The release that was sent; one whose answer was lost is sent again as it was."""
         self.asked = False
         """Set before a want is acknowledged: from then on fsyncs reach the store, so that none is missed in between."""
 
@@ -161,16 +166,16 @@ class Lease:
         async with self._lock:
             if self.released:
                 return
-            self._raise_lost(await self._chain.head_counter())
+            self._raise_lost(await self._beats_chain.head_counter())
             sent_s = self._clock_s()
             record = msgspec.structs.replace(
                 self._head.record,
                 heartbeat=new_nonce(),
                 acknowledged=self._head.record.acknowledged if acknowledge is None else acknowledge,
             )
-            await self._client.put(revision_name(self._chain.prefix, record.counter), seal(KIND, VERSION, record))
+            await self._beats.put(revision_name(self._chain.prefix, record.counter), seal(KIND, VERSION, record))
             # What was written just before may have been written past a takeover that the listing did not see yet.
-            self._raise_lost(await self._chain.head_counter())
+            self._raise_lost(await self._beats_chain.head_counter())
             self._head = Head(record, sent_s)
             self.sent_s = sent_s
 
@@ -182,25 +187,34 @@ class Lease:
             )
 
     async def release(self) -> None:
-        """Give it back: everything written under it is committed. No error where it was lost meanwhile."""
+        """Give it back: everything written under it is committed. No error where it was lost meanwhile.
+
+        Raises what the store raises; then it is unknown whether it counts, and nothing may be written under the lease before
+        this was called again and has returned.
+        """
         async with self._lock:
             if self.released or self.lost:
                 return
-            record = LeaseRecord(
-                image_id=self.record.image_id,
-                counter=self.epoch + 1,
-                nonce=new_nonce(),
-                predecessor=self.record.nonce,
-                journal_id=self.record.journal_id,
-                host=HOST,
-                released=True,
-            )
+            if self._release is None:
+                self._release = _release_of(self.record)
             try:
-                await self._chain.commit(self._head, record)
+                await self._chain.commit(self._head, self._release)
             except ConflictError:
                 self.lost = True
                 return
             self.released = True
+
+
+def _release_of(record: LeaseRecord) -> LeaseRecord:
+    return LeaseRecord(
+        image_id=record.image_id,
+        counter=record.counter + 1,
+        nonce=new_nonce(),
+        predecessor=record.nonce,
+        journal_id=record.journal_id,
+        host=HOST,
+        released=True,
+    )
 
 
 class LeaseManager:
@@ -212,18 +226,22 @@ class LeaseManager:
         journal_id: bytes,
         rules: LeaseRules,
         *,
+        beats: StoreClient | None = None,
         clock_s: Callable[[], float] = boot_time_s,
         poll_s: float = POLL_S,
     ) -> None:
+        """beats: a client with a limiter of its own for heartbeats and requests for leases; `client` where there is none."""
         self._client = client
+        self._beats = beats or client
         self._journal_id = journal_id
         self.rules = rules
         self._clock_s = clock_s
         self._poll_s = poll_s
+        self._unsure: dict[bytes, Lease] = {}
 
     async def acquire(self, image_id: bytes, name: str) -> Lease:
         """The lease of an image, waiting `rules.wait_s` for a holder to give it up. Raises LeaseHeldError that names the holder."""
-        chain = lease_chain(self._client, image_id)
+        chain = lease_chain(self._client, image_id, grace_s=self.rules.grace_s)
         deadline_s = self._clock_s() + self.rules.wait_s
         wanted = False
         # Epoch and heartbeat last seen, and when an answer of the store first showed them: `ttl_s` counts from there.
@@ -280,16 +298,24 @@ class LeaseManager:
             durability=self.rules.durability,
             takeover=self.rules.takeover,
         )
+        lease = Lease(chain, Head(record, sent_s), self._beats, self._clock_s)
         try:
             await chain.commit(head, record)
         except ConflictError:
             return None
-        return Lease(chain, Head(record, sent_s), self._client, self._clock_s)
+        except BaseException:
+            self._unsure[image_id] = lease
+            raise
+        return lease
+
+    def take_unsure(self, image_id: bytes) -> Lease | None:
+        """The lease that a failed `acquire` may have taken all the same (its answer was lost): to be released, not to be used."""
+        return self._unsure.pop(image_id, None)
 
     async def wants(self) -> dict[bytes, list[bytes]]:
         """Who asks for what: image id -> journal ids. One listing."""
         found: dict[bytes, list[bytes]] = {}
-        for info in await self._client.list(WANTS_PREFIX):
+        for info in await self._beats.list(WANTS_PREFIX):
             parts = info.name.split("/")
             try:
                 image_id, journal_id = bytes.fromhex(parts[1]), bytes.fromhex(parts[2])

@@ -22,6 +22,7 @@ import struct
 from collections.abc import Awaitable, Callable
 from typing import Final, NamedTuple
 
+import numpy as np
 import xxhash
 
 from novafs.cache.base import Frame
@@ -42,6 +43,16 @@ _HEADER: Final = struct.Struct("<8s16s8x")
 _FRAME: Final = struct.Struct("<4sB3xII32s")
 _ROW: Final = struct.Struct("<32sIIIB3x")
 _TAIL: Final = struct.Struct("<IIQ8x8s")
+
+FOOTER_DTYPE: Final = np.dtype(
+    {
+        "names": ["id", "offset", "length", "plain", "codec", "zero"],
+        "formats": ["V32", "<u4", "<u4", "<u4", "u1", "V3"],
+        "offsets": [0, 32, 36, 40, 44, 45],
+        "itemsize": _ROW.size,
+    }
+)
+FRAME_HEADER_BYTES: Final = _FRAME.size
 
 
 class PackRow(NamedTuple):
@@ -111,11 +122,8 @@ class PackBuilder:
         return b"".join([*self._parts, footer, tail])
 
 
-def parse_footer(pack_id: PackId, end: bytes) -> list[PackRow] | int:
-    """The rows of a pack from its last bytes, or how many bytes of its end are needed.
-
-    Raises ObjectCorruptError where the tail or the footer is damaged or belongs to another pack.
-    """
+def _footer(pack_id: PackId, end: bytes) -> bytes | int:
+    """The footer's bytes, checked, or how many bytes of the pack's end are needed."""
     name = pack_name(pack_id)
     if len(end) < _TAIL.size:
         raise ObjectCorruptError(f"{name}: {len(end)} bytes are too few for a pack; run 'novafs fsck'")
@@ -128,14 +136,27 @@ def parse_footer(pack_id: PackId, end: bytes) -> list[PackRow] | int:
     footer = end[len(end) - needed : len(end) - _TAIL.size]
     if xxhash.xxh64_intdigest(pack_id + footer) != digest:
         raise ObjectCorruptError(f"{name}: the footer fails its checksum; run 'novafs fsck'")
+    return footer
+
+
+def parse_footer(pack_id: PackId, end: bytes) -> list[PackRow] | int:
+    """The rows of a pack from its last bytes, or how many bytes of its end are needed.
+
+    Raises ObjectCorruptError where the tail or the footer is damaged or belongs to another pack.
+    """
+    footer = _footer(pack_id, end)
+    return footer if isinstance(footer, int) else _rows(pack_id, footer)
+
+
+def _rows(pack_id: PackId, footer: bytes) -> list[PackRow]:
     return [
         PackRow(Reference(ChunkId(chunk), pack_id, offset, length, codec), plain)
         for chunk, offset, length, plain, codec in _ROW.iter_unpack(footer)
     ]
 
 
-async def read_footer(pack_id: PackId, size: int, get: Callable[[str, int, int], Awaitable[bytes]]) -> list[PackRow]:
-    """The rows of a stored pack of `size` bytes, by one range request, or two for a long footer.
+async def read_footer_bytes(pack_id: PackId, size: int, get: Callable[[str, int, int], Awaitable[bytes]]) -> bytes:
+    """The footer of a stored pack of `size` bytes, checked: rows of `FOOTER_DTYPE`; by one range request, two for a long one.
 
     Raises ObjectCorruptError, ObjectNotFoundError, StoreUnavailableError.
     """
@@ -143,13 +164,18 @@ async def read_footer(pack_id: PackId, size: int, get: Callable[[str, int, int],
     wanted = min(size, TAIL_READ_BYTES)
     for _ in range(2):
         end = await get(name, size - wanted, wanted)
-        rows = parse_footer(pack_id, end)
-        if not isinstance(rows, int):
-            return rows
-        if rows > size:
+        footer = _footer(pack_id, end)
+        if not isinstance(footer, int):
+            return footer
+        if footer > size:
             break
-        wanted = rows
+        wanted = footer
     raise ObjectCorruptError(f"{name}: the footer is longer than the pack; run 'novafs fsck'")
+
+
+async def read_footer(pack_id: PackId, size: int, get: Callable[[str, int, int], Awaitable[bytes]]) -> list[PackRow]:
+    """The rows of a stored pack of `size` bytes. Raises what `read_footer_bytes` raises."""
+    return _rows(pack_id, await read_footer_bytes(pack_id, size, get))
 
 
 def scan_frames(pack_id: PackId, data: bytes) -> list[PackRow]:

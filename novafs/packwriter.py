@@ -8,12 +8,16 @@
 Promised: before `finish` has returned, no reference that `put` gave may be made durable; after it, every pack that
 they name is stored (own uploads answered, dedup hits checked). An upload that fails makes `finish` raise, and nothing
 that was put counts. Chunks keep their order within packs, so neighbours in an image are neighbours in a pack.
+
+A commit that takes long may be overtaken by a collection, so its caller asks `used.lost()` twice: before it creates what
+names the references, and after the answer. Where a pack was lost it stores everything again, with another writer.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Final, NamedTuple
@@ -24,10 +28,10 @@ from novafs import codec as codecs
 from novafs.asynctools import open_nursery
 from novafs.cache.base import Frame
 from novafs.cache.tiered import ChunkCache
-from novafs.chunk import HOLE_BYTES, ChunkId, Reference, chunk_id, is_zero
+from novafs.chunk import HOLE_BYTES, ChunkId, PackId, Reference, chunk_id, is_zero
 from novafs.codec import Codec
 from novafs.dedup import Deduplicator
-from novafs.errors import ObjectExistsError
+from novafs.errors import NovaError, ObjectExistsError
 from novafs.objectstore.client import StoreClient
 from novafs.pack import PackBuilder, pack_name
 from novafs.revisions import boot_time_s
@@ -47,6 +51,43 @@ class WriteCounts:
     stored_bytes: int = 0
     packs: int = 0
     uploaded_bytes: int = 0
+
+
+class PacksLostError(NovaError):
+    """A collection has overtaken a commit: packs that it refers to are gone or condemned. Never shown where it can be redone.
+
+    committed: what refers to them was created already.
+    """
+
+    def __init__(self, packs: Sequence[PackId], *, committed: bool = False) -> None:
+        self.committed = committed
+        super().__init__(
+            f"it took so long that a collection has taken {len(packs)} of the packs it refers to ({packs[0].hex()}, …); try again"
+        )
+
+
+class UsedPacks:
+    """The packs that a commit's references name, and since when: what a collection may have overtaken."""
+
+    def __init__(self, dedup: Deduplicator, packs: AbstractSet[bytes] = frozenset(), since_s: float | None = None) -> None:
+        self._dedup = dedup
+        self.packs: set[bytes] = set(packs)
+        self.since_s = boot_time_s() if since_s is None else since_s
+
+    @property
+    def overdue(self) -> bool:
+        """Whether more than half a grace has passed since, on a clock that counts sleep."""
+        return boot_time_s() - self.since_s > self._dedup.guard_s
+
+    async def lost(self) -> list[PackId]:
+        """Those that a collection has condemned or deleted; not looked for unless `overdue`. Raises what the store raises."""
+        return await self._dedup.lost(self.packs) if self.overdue else []
+
+    def joined(self, other: UsedPacks | None) -> UsedPacks:
+        """These, and those of another commit of the same content."""
+        if other is None:
+            return self
+        return UsedPacks(self._dedup, self.packs | other.packs, min(self.since_s, other.since_s))
 
 
 class Prepared(NamedTuple):
@@ -86,6 +127,7 @@ class PackWriter:
         self._idle = trio.Event()
         self._idle.set()
         self._error: BaseException | None = None
+        self.used = UsedPacks(dedup)
         self.counts = WriteCounts()
 
     async def prepare(self, plains: Sequence[bytes]) -> list[Prepared]:
@@ -125,6 +167,7 @@ class PackWriter:
             counts.new_chunks += 1
             counts.stored_bytes += reference.length
             self._placed[item.chunk_id] = reference
+        self.used.packs.add(reference.pack_id)
         if self._cache is not None:
             self._cache.add(item.chunk_id, item.plain, item.frame)
         return reference.pack()
@@ -139,6 +182,16 @@ class PackWriter:
         (entry,) = await self.append(await self.prepare([plain]))
         self.counts.new_chunks, self.counts.dedup_chunks, self.counts.plain_bytes = before
         return Reference.unpack(entry)
+
+    async def put_right(self, node: bytes) -> bytes:
+        """A map node before it is stored: what compactions have moved is named at its new place."""
+        node, packs = await self._dedup.put_right(node)
+        self.used.packs |= packs
+        return node
+
+    def forbids(self, raw: bytes) -> bool:
+        """Whether nothing may refer to the frame of a 64-byte map entry any more: a new copy takes its place."""
+        return raw != HOLE_BYTES and self._dedup.condemned.forbids(Reference.unpack(raw))
 
     async def _upload(self) -> None:
         builder, self._builder = self._builder, PackBuilder()

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import secrets
 import time
+from functools import partial
 
 import msgspec
 
 from novafs.catalogtree import Entry, Kind, Snapshot, check_name
-from novafs.errors import BusyError, ExistsError, IsDirectoryError, NotFoundError
+from novafs.errors import BusyError, ExistsError, IsDirectoryError, NotFoundError, ObjectNotFoundError, StaleError
 from novafs.generation import Generation, generation_chain
 from novafs.image import Image
-from novafs.revisions import new_nonce
+from novafs.revisions import boot_time_s, new_nonce
 from novafs.volume import Volume
 
 
@@ -49,16 +50,27 @@ async def take_snapshot(volume: Volume, entry: Entry, name: str) -> Snapshot:
     volume.check_writable()
     check_name(name)
     _require_image(volume, entry)
-    generation = await _committed(volume, entry)
-    taken = Snapshot(generation.counter, time.time_ns(), generation.size)
+    while True:
+        began_s = boot_time_s()
+        generation = await _committed(volume, entry)
+        taken = Snapshot(generation.counter, time.time_ns(), generation.size)
 
-    def edit(current: Entry) -> Entry:
-        if name in current.snapshots:
-            raise ExistsError(f"{volume.catalog.path_of(current)}: has a snapshot {name!r} already")
-        return msgspec.structs.replace(current, snapshots={**current.snapshots, name: taken}, ctime_ns=taken.created_ns)
+        def edit(current: Entry, taken: Snapshot = taken) -> Entry:
+            if name in current.snapshots:
+                raise ExistsError(f"{volume.catalog.path_of(current)}: has a snapshot {name!r} already")
+            return msgspec.structs.replace(current, snapshots={**current.snapshots, name: taken}, ctime_ns=taken.created_ns)
 
-    await volume.catalog.update(entry.node_id, edit)
-    return taken
+        await volume.catalog.update(entry.node_id, edit)
+        if not volume.overdue(began_s):
+            return taken
+        # The generation may have been superseded, and collected, before its name was there: name the one of now.
+        await volume.catalog.update(entry.node_id, partial(_without, name, taken))
+
+
+def _without(name: str, taken: Snapshot, current: Entry) -> Entry:
+    if current.snapshots.get(name) != taken:
+        return current
+    return msgspec.structs.replace(current, snapshots={k: v for k, v in current.snapshots.items() if k != name})
 
 
 async def delete_snapshot(volume: Volume, entry: Entry, name: str) -> None:
@@ -84,13 +96,13 @@ async def roll_back(volume: Volume, entry: Entry, name: str) -> Image:
     """
     volume.check_writable()
     _require_image(volume, entry)
-    wanted = await snapshot_generation(volume, entry, name)
+    find_snapshot(volume, entry, name)
     image = await volume.open_image(entry.node_id)
     try:
         if image.handles > 1:
             raise BusyError(f"{volume.catalog.path_of(entry)}: is open; close it (shut the machine down) before rolling it back")
         await image.take_lease()
-        await image.replace_content(wanted)
+        await image.replace_content(await snapshot_generation(volume, entry, name))
     finally:
         await volume.close_image(image)
     return image
@@ -102,7 +114,17 @@ async def clone(
     """A new image with the content that `entry` has now, or had at a snapshot. Raises ExistsError, NotFoundError, InvalidNameError."""
     volume.check_writable()
     _require_image(volume, entry)
+    began_s = boot_time_s()
     source = await snapshot_generation(volume, entry, snapshot) if snapshot is not None else await _committed(volume, entry)
+
+    async def confirm() -> None:
+        # As long as the source's generation is there, a collection has not begun to take what it refers to.
+        if volume.overdue(began_s):
+            try:
+                await generation_chain(volume.client, entry.node_id).read(source.counter)
+            except ObjectNotFoundError as error:
+                raise StaleError(f"{name}: it took so long that a collection has taken what was to be cloned; try again") from error
+
     now = time.time_ns()
     first = msgspec.structs.replace(
         source,
@@ -118,5 +140,13 @@ async def clone(
         sequence=0,
     )
     return await volume.create(
-        parent_id, name, mode=entry.mode, uid=entry.uid, gid=entry.gid, generation=first, xattrs=entry.xattrs, expires_s=expires_s
+        parent_id,
+        name,
+        mode=entry.mode,
+        uid=entry.uid,
+        gid=entry.gid,
+        generation=first,
+        xattrs=entry.xattrs,
+        expires_s=expires_s,
+        confirm=confirm,
     )

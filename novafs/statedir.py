@@ -29,6 +29,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
+from novafs import durable
 from novafs.errors import AccessDeniedError, BusyError, ConfigError, StoreFullError
 
 LOCK_FILE: Final = "lock"
@@ -57,10 +58,14 @@ class ExitRecord:
     message: str
 
 
-def prepare(state_dir: Path) -> Path:
-    """Make the directory (0700) where it is missing, and return it. Raises ConfigError, AccessDeniedError, StoreFullError."""
+def prepare(state_dir: Path, *, ops: durable.FileOps = durable.SYSTEM) -> Path:
+    """Make the directory (0700) where it is missing, durably, because the journal will lie in it; the directory.
+
+    Raises ConfigError, AccessDeniedError, StoreFullError.
+    """
     try:
-        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not state_dir.is_dir():
+            durable.make_dirs(state_dir, ops=ops)
         if not os.access(state_dir, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except (FileExistsError, NotADirectoryError) as error:

@@ -16,7 +16,7 @@ import math
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
@@ -48,6 +48,7 @@ from novafs.errors import (
     NovaError,
     NoVolumeError,
     ReadOnlyError,
+    StoreUnavailableError,
     TooLargeError,
 )
 from novafs.generation import Generation, generation_chain
@@ -59,10 +60,11 @@ from novafs.objectstore.base import ObjectStore
 from novafs.objectstore.client import StoreClient
 from novafs.objectstore.url import StoreOptions, open_store
 from novafs.packwriter import PackWriter, open_pack_writer
+from novafs.pins import Pins
 from novafs.recovery import recover
-from novafs.revisions import Head, boot_time_s, new_nonce
+from novafs.revisions import Chain, ConflictError, Head, boot_time_s, new_nonce
 from novafs.superblock import Superblock, create_superblock, read_superblock
-from novafs.writeback import WritebackController, WritebackRules
+from novafs.writeback import COMMITS_MAX, WritebackController, WritebackRules
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +78,8 @@ MAP_SHARE: Final = 8
 SNAPSHOTS_NAME: Final = ".snapshots"
 """Where a mount shows snapshots (`novafs.namespace`): no image or directory of the root has this name."""
 CLOSE_TIMEOUT_S: Final = 60.0
+BEATS_MAX: Final = 4
+"""Requests for heartbeats at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +152,7 @@ async def open_volume(
     async with AsyncExitStack() as stack:
         stack.callback(client.store.close)
         superblock, head = await _read_start(client, probe=not read_only)
-        await trio.to_thread.run_sync(statedir.prepare, config.state_dir)
+        await trio.to_thread.run_sync(lambda: statedir.prepare(config.state_dir, ops=ops))
         l1 = MemoryTier(capacity_bytes=config.l1.capacity_bytes, codec=config.l1.codec, decoded_share=config.l1.decoded_share)
         stack.callback(l1.close)
         l2 = await trio.to_thread.run_sync(
@@ -163,6 +167,9 @@ async def open_volume(
         if l2 is not None:
             # In a thread: it may wait for other users of an embedded server.
             stack.push_async_callback(_close_l2, l2)
+        index = await trio.to_thread.run_sync(DedupIndex, config.state_dir / f"dedup-{superblock.volume_id[:16]}.sqlite")
+        stack.callback(index.close)
+        dedup = Deduplicator(index, client, enabled=config.dedup, grace_s=config.gc.grace_s)
         cache = ChunkCache(
             l1=l1,
             l2=l2,
@@ -170,9 +177,8 @@ async def open_volume(
             chunk_size=superblock.chunk_size,
             l2_codec=config.l2.codec,
             l2_timeout_s=2 * config.l2.timeout_s,
+            relocate=dedup.forwards.relocate,
         )
-        index = await trio.to_thread.run_sync(DedupIndex, config.state_dir / f"dedup-{superblock.volume_id[:16]}.sqlite")
-        stack.callback(index.close)
         journal: Journal | None = None
         segments: list[Segment] = []
         if owns_state and not read_only:
@@ -181,17 +187,20 @@ async def open_volume(
             stack.callback(opened[0].close)
         await stack.enter_async_context(cache.running())
         nursery = await stack.enter_async_context(open_nursery())
-        volume = Volume(
-            config, superblock, client, cache, Deduplicator(index, client, enabled=config.dedup), head, journal=journal, read_only=read_only
-        )
+        volume = Volume(config, superblock, client, cache, dedup, head, journal=journal, read_only=read_only, ops=ops)
         await volume.start(nursery)
         try:
             if journal is not None:
                 await recover(volume, journal, segments)
             yield volume
         finally:
-            with trio.CancelScope(deadline=trio.current_time() + CLOSE_TIMEOUT_S, shield=True):
+            with trio.move_on_after(CLOSE_TIMEOUT_S, shield=True) as closing:
                 await volume.close()
+            if closing.cancelled_caught:
+                raise StoreUnavailableError(
+                    f'{client.url}: not everything was committed within {CLOSE_TIMEOUT_S:.0f} s of the end; with durability = "journal" '
+                    f"it is in the journal under {config.state_dir}, and the next mount on this host commits it"
+                )
         nursery.cancel_scope.cancel()
 
 
@@ -236,6 +245,7 @@ class Volume:
         *,
         journal: Journal | None,
         read_only: bool,
+        ops: FileOps = durable.SYSTEM,
     ) -> None:
         self.config = config
         self.superblock = superblock
@@ -244,24 +254,31 @@ class Volume:
         self.dedup = dedup
         self.read_only = read_only
         self.chunk_size = superblock.chunk_size
-        self.catalog = Catalog(catalog_chain(client), head, fetch=cache.fetch, pack_writer=self.pack_writer)
+        self.grace_s = config.gc.grace_s
+        self.catalog = Catalog(catalog_chain(client, grace_s=self.grace_s), head, fetch=cache.fetch, pack_writer=self.pack_writer)
         rules = WritebackRules(
             durability=config.durability,
             dirty_max_bytes=config.writeback.dirty_max_bytes,
             interval_s=config.writeback.interval_s,
             flush_timeout_s=config.store.io_timeout_s,
         )
-        lease_rules = LeaseRules(config.durability, config.lease.takeover, config.lease.ttl_s, config.lease.wait_s)
+        lease_rules = LeaseRules(config.durability, config.lease.takeover, config.lease.ttl_s, config.lease.wait_s, self.grace_s)
+        # Heartbeats have requests of their own: those of commits and reads may all hang.
+        beats = StoreClient(client.store, io_timeout_s=min(client.io_timeout_s, config.lease.ttl_s / 3), requests_max=BEATS_MAX)
         self.writeback = WritebackController(
             rules,
             journal=journal,
-            leases=LeaseManager(client, journal.journal_id, lease_rules) if journal is not None else None,
+            leases=LeaseManager(client, journal.journal_id, lease_rules, beats=beats) if journal is not None else None,
             state_dir=config.state_dir,
             images=lambda: self._images.values(),
             pack_writer=self.pack_writer,
+            ops=ops,
         )
         self._workers = trio.CapacityLimiter(2)
         self._images: dict[bytes, Image] = {}
+        self._views: set[Image] = set()
+        host_id = journal.journal_id if journal is not None else secrets.token_bytes(16)
+        self.pins = Pins(client, host_id, opened=self._opened, grace_s=self.grace_s)
         self._unlinked: set[bytes] = set()
         self._heads: OrderedDict[bytes, Head[Generation]] = OrderedDict()
         self._hints: dict[bytes, Attributes] = {}
@@ -285,6 +302,15 @@ class Volume:
         """Start what runs in the background for as long as the volume is open."""
         await self.writeback.run(nursery)
         nursery.start_soon(self._run_background)
+        nursery.start_soon(self.pins.run)
+
+    def _opened(self) -> list[tuple[bytes, int]]:
+        """The generations whose content handles here may read."""
+        return [(image.head.image_id, image.generation) for image in (*self._images.values(), *self._views)]
+
+    def overdue(self, since_s: float) -> bool:
+        """Whether so much time has passed since a boot time that a collection may have taken what was read then."""
+        return boot_time_s() - since_s > self.dedup.guard_s
 
     async def _run_background(self) -> None:
         """Hints, and the bound on map nodes."""
@@ -308,24 +334,36 @@ class Volume:
 
     async def close(self) -> None:
         """Commit every dirty image and the hints. Raises the first error, after trying them all."""
-        failed: NovaError | None = None
-        for image in list(self._images.values()):
-            if image.node_id not in self._unlinked:
+        images = [image for image in self._images.values() if image.node_id not in self._unlinked]
+        # What fsync would have kept, and more: where a commit fails or takes too long, the next mount replays it.
+        for image in images:
+            try:
+                await image.keep()
+            except NovaError as error:
+                log.error("image %s: what was written last could not be put into the journal: %s", image.name, error)
+        failed: list[NovaError] = []
+        slots = trio.CapacityLimiter(COMMITS_MAX)
+
+        async def close(image: Image) -> None:
+            async with slots:
                 try:
                     await image.commit()
                     await image.release_lease()
                     self._note_hint(image)
                 except NovaError as error:
                     log.error("image %s: %d dirty bytes could not be committed: %s", image.name, image.dirty_bytes, error)
-                    failed = failed or error
-                    with contextlib.suppress(NovaError):  # what fsync would have kept, and more: the next mount replays it
-                        await image.fsync()
+                    failed.append(error)
+
+        async with open_nursery() as nursery:
+            for image in images:
+                nursery.start_soon(close, image)
         try:
             await self._flush_hints()
         except NovaError as error:
             log.warning("sizes in the catalog lag behind: %s", error)
-        if failed is not None:
-            raise failed
+        if failed:
+            raise failed[0]
+        await self.pins.remove()
 
     # -- the namespace ------------------------------------------------------------------------------------------
 
@@ -351,8 +389,12 @@ class Volume:
         replace: bool = False,
         xattrs: Mapping[str, bytes] = MappingProxyType({}),
         expires_s: float | None = None,
+        confirm: Callable[[], Awaitable[None]] | None = None,
     ) -> Entry:
-        """A new image, empty or with the content of `generation` (whose packs are stored). Raises what `Catalog.create` raises."""
+        """A new image, empty or with the content of `generation` (whose packs are stored). Raises what `Catalog.create` raises.
+
+        confirm: called when the generation is there and has no name yet; raises where what it refers to was collected meanwhile.
+        """
         self._check_new_name(parent_id, name)
         if not replace:  # before an object is made for nothing; the commit looks again
             try:
@@ -365,7 +407,11 @@ class Volume:
         first = generation or Generation(
             image_id=secrets.token_bytes(16), counter=0, nonce=new_nonce(), mtime_ns=now, ctime_ns=now, committed_ns=now
         )
-        self._remember_head(await generation_chain(self.client, first.image_id).commit(None, first))
+        chain, began_s = self._generations(first.image_id), boot_time_s()
+        head = await chain.commit(None, first)
+        if confirm is not None:
+            await confirm()
+        self._remember_head(head)
         entry = Entry(
             name,
             first.image_id,
@@ -382,7 +428,13 @@ class Volume:
             expires_s=expires_s,
             parent_id=parent_id,
         )
-        return await self.catalog.create(entry, replace=replace)
+        entry = await self.catalog.create(entry, replace=replace)
+        if self.overdue(began_s):
+            # A collection that saw no name yet may be deleting the generation: one more it has not seen. (Who opened the image
+            # meanwhile and wrote to it has made one.)
+            with contextlib.suppress(ConflictError):
+                self._remember_head(await chain.commit(head, head.record.successor()))
+        return entry
 
     async def mkdir(self, parent_id: bytes, name: str, *, mode: int = 0o755, uid: int = 0, gid: int = 0) -> Entry:
         """A new directory. Raises what `Catalog.create` raises."""
@@ -492,7 +544,7 @@ class Volume:
         image = self._images.get(node_id)
         name = name or f"image {node_id.hex()}"
         if image is None:
-            chain = generation_chain(self.client, node_id)
+            chain = self._generations(node_id)
             head = await chain.head(self._heads.get(node_id))
             if head is None:
                 raise NotFoundError(f"{name}: has no generation in the store; run 'novafs fsck'")
@@ -526,6 +578,7 @@ class Volume:
         data and its lease with it, and the commit is tried again in the background."""
         if self._images.get(image.node_id) is not image:  # a view of a snapshot, or forgotten at the end
             image.handles -= 1
+            self._views.discard(image)
             return
         try:
             if image.handles == 1 and image.dirty and image.node_id not in self._unlinked:
@@ -547,7 +600,7 @@ class Volume:
         except NovaError as error:
             log.warning("%s: its lease is given back later: %s", image.name, error)
             return
-        if image.handles or image.dirty or image.lease is not None:
+        if image.handles or image.dirty or image.lease is not None or image.leaving:
             return  # opened again while the lease was given back
         self._images.pop(image.node_id, None)
         self._unlinked.discard(image.node_id)
@@ -575,7 +628,11 @@ class Volume:
             read_only=True,
         )
         view.handles = 1
+        self._views.add(view)
         return view
+
+    def _generations(self, image_id: bytes) -> Chain[Generation]:
+        return generation_chain(self.client, image_id, grace_s=self.grace_s)
 
     def image(self, node_id: bytes) -> Image | None:
         """The open image of a node, if any; no handle is counted."""
@@ -672,6 +729,7 @@ class Volume:
             "commits": self.writeback.commits,
             "commit_errors": self.writeback.commit_errors,
             "journal": asdict(self.writeback.journal.statistics()) if self.writeback.journal is not None else None,
+            "collection": dict(self.dedup.condemned.current.summary),
             "map_bytes": sum(image.map_bytes for image in self._images.values()),
             "cache": asdict(self.cache.statistics()),
             "store": asdict(self.client.statistics()),

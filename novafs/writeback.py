@@ -10,10 +10,10 @@ Always holds: an image that is dirty, or holds a lease, is in `Volume.open_image
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -21,7 +21,17 @@ import trio
 
 from novafs import durable
 from novafs import journalfile as files
-from novafs.errors import LeaseLostError, NovaError, ReadOnlyError, RetryableError, StaleError
+from novafs.durable import FileOps
+from novafs.errors import (
+    LeaseHeldError,
+    LeaseLostError,
+    NovaError,
+    PermanentError,
+    ReadOnlyError,
+    RetryableError,
+    StaleError,
+    StoreFullError,
+)
 from novafs.image import CommitTicket, Image
 from novafs.journal import Journal
 from novafs.journalfile import Record
@@ -66,6 +76,7 @@ class WritebackController:
         state_dir: Path,
         images: Callable[[], Iterable[Image]],
         pack_writer: Callable[[], contextlib.AbstractAsyncContextManager[PackWriter]],
+        ops: FileOps = durable.SYSTEM,
     ) -> None:
         self.rules = rules
         self.journal = journal
@@ -80,6 +91,9 @@ class WritebackController:
         self._full_error: NovaError | None = None
         self._commits = trio.CapacityLimiter(COMMITS_MAX)
         self._committing: set[bytes] = set()
+        self._answering: set[bytes] = set()
+        self._ops = ops
+        self._disk = trio.CapacityLimiter(4)  # for small files beside the journal
         self.commits = 0
         self.commit_errors = 0
 
@@ -111,7 +125,8 @@ class WritebackController:
             if self._full_error is not None:
                 raise self._full_error
             waited = True
-            self._room = trio.Event()
+            if self._room.is_set():  # never an event that another writer waits for
+                self._room = trio.Event()
             self._high.set()
             await self._room.wait()
         return waited
@@ -122,13 +137,16 @@ class WritebackController:
             raise ReadOnlyError(
                 f"{image.name}: this process has no journal, so it can not write images; use the mount, or one command at a time"
             )
-        path = self._lease_files / image.node_id.hex()
-        await trio.to_thread.run_sync(_note_lease, path)
+        await self._on_disk(self._note_lease, image.node_id)
         try:
             return await self.leases.acquire(image.node_id, image.name)
-        except NovaError:
-            await trio.to_thread.run_sync(durable.remove, path)
+        except LeaseHeldError:
+            await self.forget_lease(image.node_id)
             raise
+
+    def unsure_lease(self, image: Image) -> Lease | None:
+        """The lease that a failed `acquire_lease` may have taken all the same; it is to be released."""
+        return self.leases.take_unsure(image.node_id) if self.leases is not None else None
 
     async def release_lease(self, lease: Lease) -> None:
         """Give it back. Raises what the store raises; the note stays then, and the next mount tries again."""
@@ -136,8 +154,24 @@ class WritebackController:
         await self.forget_lease(lease.record.image_id)
 
     async def forget_lease(self, image_id: bytes) -> None:
-        """The note of a lease is of no use any more."""
-        await trio.to_thread.run_sync(durable.remove, self._lease_files / image_id.hex())
+        """The note of a lease is of no use any more. One that can not be deleted costs the next mount a look at the store."""
+        try:
+            await self._on_disk(lambda: durable.remove(self._lease_files / image_id.hex(), ops=self._ops))
+        except PermanentError as error:
+            log.warning("%s", error)
+
+    async def _on_disk(self, work: Callable[..., object], *arguments: object) -> None:
+        try:
+            await trio.to_thread.run_sync(work, *arguments, limiter=self._disk)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise StoreFullError(f"no space left on the file system of {self._lease_files.parent}: make room there") from error
+            raise PermanentError(f"the state directory {self._lease_files.parent} can not be written: {error}") from error
+
+    def _note_lease(self, image_id: bytes) -> None:
+        durable.make_dirs(self._lease_files, below=self._lease_files.parent, ops=self._ops)
+        with contextlib.suppress(FileExistsError):
+            durable.write_new(self._lease_files / image_id.hex(), b"", ops=self._ops)
 
     def commit_soon(self, image: Image) -> CommitTicket:
         """Start a commit in the background."""
@@ -163,9 +197,14 @@ class WritebackController:
             ]
             known = {r.sequence for r in stored}
             every = sorted([*stored, *(r for r in records if r.sequence not in known)], key=lambda r: r.sequence)
-            return journal.set_aside(image.node_id.hex(), every) if every else None
+            return journal.set_aside(image.node_id, every) if every else None
 
-        path = await trio.to_thread.run_sync(keep)
+        try:
+            path = await trio.to_thread.run_sync(keep)
+        except OSError as keep_error:
+            # Nothing is given away: what was fsynced stays in the journal, and the next mount sets it aside.
+            log.error("%s: %s. What was written here can not be kept in a file of its own: %s", image.name, error, keep_error)
+            return
         journal.committed(image.node_id, journal.next_sequence())
         log.error(
             "%s: %s. What was written here and is in no generation is kept in %s; 'novafs fsck' tells what to do with it",
@@ -240,31 +279,53 @@ class WritebackController:
             await self.beat(leases)
 
     async def beat(self, leases: LeaseManager) -> None:
-        """One heartbeat of every lease; who asked for one is answered by it."""
+        """One heartbeat of every lease; who asked for one is answered by it, once what was fsynced is in the store."""
         held = [(image, image.lease) for image in list(self._images()) if image.lease is not None]
         if not held:
             return
-        wanted: dict[bytes, list[bytes]] = {}
-        with contextlib.suppress(RetryableError):
+        wanted: dict[bytes, list[bytes]] | None = None
+        try:
             wanted = await leases.wants()
+        except NovaError as error:
+            log.warning("which hosts ask for leases can not be told: %s", error)
         async with trio.open_nursery() as nursery:
             for image, lease in held:
-                nursery.start_soon(partial(self._beat_one, image, lease, wanted.get(image.node_id, [])))
+                # None: not known, so what was acknowledged stays so.
+                nursery.start_soon(self._beat_one, image, lease, wanted.get(image.node_id, []) if wanted is not None else None)
 
-    async def _beat_one(self, image: Image, lease: Lease | None, wanted: list[bytes]) -> None:
-        if lease is None:
-            return
-        try:
-            if wanted and not lease.wanted:
-                # From the acknowledgement on every fsync reaches the store first; what came before must be there as well.
-                lease.asked = True
-                await image.commit()
-            await lease.heartbeat(acknowledge=wanted)
+    async def _beat_one(self, image: Image, lease: Lease, wanted: list[bytes] | None) -> None:
+        if wanted and not lease.wanted and self._nursery is not None:
+            # Not here: a commit may take long, and the other heartbeats must not wait for it.
+            self._answering.add(image.node_id)
+            self._nursery.start_soon(self._answer, image, lease, wanted)
+        if image.node_id in self._answering:
+            wanted = None
+        if await self._send_beat(image, lease, wanted) and wanted is not None:
             lease.asked = bool(wanted)
-        except (LeaseLostError, StaleError) as error:
-            await image.lose_lease(error)
+
+    async def _answer(self, image: Image, lease: Lease, wanted: list[bytes]) -> None:
+        """Acknowledge that others ask for the lease. From then on every fsync reaches the store; what came before must be there, too."""
+        try:
+            lease.asked = True
+            await image.commit()
+            await self._send_beat(image, lease, wanted)
+        except NovaError as error:
+            log.warning("%s: who asks for its lease is answered later: %s", image.name, error)
+            lease.asked = bool(lease.record.acknowledged)
+        finally:
+            self._answering.discard(image.node_id)
+
+    async def _send_beat(self, image: Image, lease: Lease, acknowledge: list[bytes] | None) -> bool:
+        try:
+            await lease.heartbeat(acknowledge=acknowledge)
+        except LeaseLostError as error:
+            if image.lease is lease:
+                await image.lose_lease(error)
         except NovaError as error:
             log.warning("%s: no heartbeat of its lease: %s", image.name, error)
+        else:
+            return True
+        return False
 
     def noted_leases(self) -> list[bytes]:
         """Images whose lease a process of this state directory held when it ended without giving it back. Blocking."""
@@ -274,9 +335,3 @@ class WritebackController:
                 with contextlib.suppress(ValueError):
                     found.append(bytes.fromhex(path.name))
         return found
-
-
-def _note_lease(path: Path) -> None:
-    durable.make_dirs(path.parent)
-    with contextlib.suppress(FileExistsError):
-        durable.write_new(path, b"")

@@ -17,9 +17,9 @@ shift 2
 
 "$bin/coverage" erase
 status=0
-# $chosen is a list of words on purpose. Processes that the tests start are measured through [tool.coverage.run] patch.
+# A test that hangs says where, and ends the run; so does a run that does not end after its last test. $chosen is a list of words on purpose.
 # shellcheck disable=SC2086
-"$bin/coverage" run -m pytest "$@" $chosen || status=$?
+timeout --foreground --kill-after=60 5400 "$bin/coverage" run -m pytest -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true "$@" $chosen || status=$?
 [ $status -eq 0 ] || echo "test: pytest ended with status $status" >&2
 
 "$bin/coverage" combine --quiet || status=1

@@ -22,11 +22,14 @@ Bytes in flight are accounted in L1 ("fetch"), under its cap, where there is roo
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import math
 import os
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol
@@ -39,7 +42,7 @@ from novafs.cache.fill import Arrival, Filler, FillStatistics
 from novafs.cache.memory import MemoryStatistics, MemoryTier
 from novafs.chunk import ID_SIZE, Reference
 from novafs.codec import PLAIN_MAX, Codec, decode, encode
-from novafs.errors import BugError, CorruptionError, FrameCorruptError, ObjectNotFoundError, StoreUnavailableError
+from novafs.errors import BugError, CorruptionError, FrameCorruptError, NovaError, ObjectNotFoundError, StoreUnavailableError
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +54,15 @@ VERIFY_CHUNKS_MIN: Final = 4
 L2_THREADS: Final = 8
 L2_PAUSE_S_MIN: Final = 1.0
 L2_PAUSE_S_MAX: Final = 10.0
+GONE_MAX: Final = 4096
+HOPS_MAX: Final = 8
+"""How often one fetch follows frames that were moved again."""
 
 _HOLE: Final = bytes(ID_SIZE)
+
+
+Relocate = Callable[[Sequence[Reference], AbstractSet[bytes]], Awaitable[dict[bytes, Reference]]]
+"""Where frames are now whose packs are gone, or that are damaged where they were: chunk id -> place in none of the packs given."""
 
 
 class FrameSource(Protocol):
@@ -111,13 +121,20 @@ class ChunkCache:
         l2_codec: Codec,
         l2_timeout_s: float = 0.5,
         threads: int | None = None,
+        relocate: Relocate | None = None,
     ) -> None:
-        """l2_codec: of what is written to L2; what is read from it says its own. threads: that verify; default: one per CPU."""
+        """l2_codec: of what is written to L2; what is read from it says its own. threads: that verify; default: one per CPU.
+
+        relocate: asked about frames that are not, or not whole, where their references say.
+        """
         self.l1 = l1
         self.l2 = l2
         self.peek: Callable[[bytes], bytes | None] = l1.peek
         """The plain content of a chunk from L1, or None. No checkpoint, no thread. It *is* L1's method: one call less on the hot path."""
         self._l3 = l3
+        self._relocate = relocate
+        self._gone: OrderedDict[bytes, None] = OrderedDict()
+        """Packs that were found gone and forwarded, latest last: these are not asked for in vain again."""
         self._chunk_size = chunk_size
         self._batch_chunks = max(1, min(BATCH_CHUNKS_MAX, BATCH_BYTES // chunk_size))
         self._l2_timeout_s = l2_timeout_s
@@ -340,34 +357,73 @@ class ChunkCache:
             self._l2_pause_s = min(max(2 * self._l2_pause_s, L2_PAUSE_S_MIN), L2_PAUSE_S_MAX)
             self._l2_ask_from_s = trio.current_time() + self._l2_pause_s
 
-    async def _from_pack(self, flights: list[_Flight]) -> None:
+    async def _from_pack(self, flights: list[_Flight], gone: AbstractSet[bytes] = frozenset()) -> None:
         """Land chunks that lie in one pack, with content or error: what is wrong with a pack is no matter of others."""
         try:
             bad = await self._read_pack(flights)
             if bad:
                 # Perhaps only the transfer went wrong. What is bad twice is bad in the store.
                 bad = await self._read_pack(list(bad))
-            for flight, reason in bad.items():
-                place = flight.reference
-                where = f"pack {place.pack_id.hex()}"
-                self._land(flight, error=FrameCorruptError(place.chunk_id, where, place.offset, str(reason)))
+            if bad:
+                moved: dict[bytes, Reference] = {}
+                with contextlib.suppress(NovaError):  # that they are damaged tells more than why no other copy was found
+                    moved = await self._moved(list(bad), gone)
+                for flight, reason in bad.items():
+                    place = flight.place
+                    if place.chunk_id not in moved:
+                        where = f"pack {place.pack_id.hex()}"
+                        self._land(flight, error=FrameCorruptError(place.chunk_id, where, place.offset, str(reason)))
+                await self._from_places(list(bad), moved, gone)
         except ObjectNotFoundError as error:
-            self._pack_gone(flights, error)
+            await self._pack_gone(flights, gone, error)
         except Exception as error:  # every waiter gets it
             for flight in flights:
                 self._land(flight, error=error)
 
-    def _pack_gone(self, flights: list[_Flight], error: ObjectNotFoundError) -> None:
+    async def _pack_gone(self, flights: list[_Flight], gone: AbstractSet[bytes], error: ObjectNotFoundError) -> None:
         """The one place that knows that a pack is not where the references say: a compaction may have moved its frames."""
-        self._l3_traffic.errors += 1
+        flights = [flight for flight in flights if not flight.done.is_set()]
+        if not flights:
+            return
+        pack_id = flights[0].place.pack_id
+        gone = gone | {pack_id}
+        try:
+            moved = await self._moved(flights, gone)
+        except Exception as failure:  # every waiter gets it
+            for flight in flights:
+                self._land(flight, error=failure)
+            return
+        if moved:
+            self._gone[pack_id] = None
+            self._gone.move_to_end(pack_id)
+            if len(self._gone) > GONE_MAX:
+                self._gone.popitem(last=False)
         for flight in flights:
-            if not flight.done.is_set():
-                place = flight.reference
-                gone = ObjectNotFoundError(
+            place = flight.place
+            if place.chunk_id not in moved:
+                self._l3_traffic.errors += 1
+                missing = ObjectNotFoundError(
                     f"chunk {place.chunk_id.hex()}: its pack {place.pack_id.hex()} is gone from the store ({error}); run 'novafs fsck'"
                 )
-                gone.__cause__ = error
-                self._land(flight, error=gone)
+                missing.__cause__ = error
+                self._land(flight, error=missing)
+        await self._from_places(flights, moved, gone)
+
+    async def _moved(self, flights: list[_Flight], gone: AbstractSet[bytes]) -> dict[bytes, Reference]:
+        if self._relocate is None or len(gone) > HOPS_MAX:
+            return {}
+        return await self._relocate([flight.reference for flight in flights], gone | {flight.place.pack_id for flight in flights})
+
+    async def _from_places(self, flights: list[_Flight], moved: dict[bytes, Reference], gone: AbstractSet[bytes]) -> None:
+        """Read those that were moved at the places where they are now."""
+        packs: dict[bytes, list[_Flight]] = {}
+        for flight in flights:
+            if (place := moved.get(flight.reference.chunk_id)) is not None:
+                gone = gone | {flight.place.pack_id}
+                flight.place = place
+                packs.setdefault(place.pack_id, []).append(flight)
+        for part in packs.values():
+            await self._from_pack(part, gone)
 
     async def _read_pack(self, flights: list[_Flight]) -> dict[_Flight, CorruptionError]:
         """Land those whose content is right; the others, with what is wrong."""
@@ -375,20 +431,20 @@ class ChunkCache:
         bad: dict[_Flight, CorruptionError] = {}
         wanted = []
         for flight in flights:
-            if flight.reference.length > PLAIN_MAX:
+            if flight.place.length > PLAIN_MAX:
                 # Not read at all: a damaged reference must not make the host fetch gigabytes.
-                bad[flight] = CorruptionError(
-                    f"its reference names a payload of {flight.reference.length} bytes, at most {PLAIN_MAX} can be"
-                )
+                bad[flight] = CorruptionError(f"its reference names a payload of {flight.place.length} bytes, at most {PLAIN_MAX} can be")
                 traffic.corruptions += 1
             else:
                 wanted.append(flight)
         if not wanted:
             return bad
+        if wanted[0].place.pack_id in self._gone:
+            raise ObjectNotFoundError("it was gone before")
         traffic.requests += 1
         started_s = trio.current_time()
         try:
-            payloads = await self._l3.read_frames([flight.reference for flight in wanted])
+            payloads = await self._l3.read_frames([flight.place for flight in wanted])
         except ObjectNotFoundError:
             raise
         except Exception:
@@ -396,10 +452,10 @@ class ChunkCache:
             raise
         finally:
             traffic.seconds += trio.current_time() - started_s
-        frames = [Frame(flight.reference.codec, payload) for flight, payload in zip(wanted, payloads, strict=True)]
-        checked = await self._verified([(flight.reference.chunk_id, frame) for flight, frame in zip(wanted, frames, strict=True)])
+        frames = [Frame(flight.place.codec, payload) for flight, payload in zip(wanted, payloads, strict=True)]
+        checked = await self._verified([(flight.place.chunk_id, frame) for flight, frame in zip(wanted, frames, strict=True)])
         for flight, frame, item in zip(wanted, frames, checked, strict=True):
-            place = flight.reference
+            place = flight.place
             traffic.read_bytes += len(frame.payload)
             if isinstance(item, CorruptionError):
                 traffic.corruptions += 1
@@ -439,10 +495,13 @@ class ChunkCache:
 class _Flight:
     """One chunk's fetch. `done` is set once, by `_land`, with exactly one of content and error."""
 
-    __slots__ = ("done", "error", "plain", "reference")
+    __slots__ = ("done", "error", "place", "plain", "reference")
 
     def __init__(self, reference: Reference) -> None:
         self.reference = reference
+        """As it was asked for."""
+        self.place = reference
+        """Where it is read: another place once it was found to have been moved."""
         self.done = trio.Event()
         self.plain: bytes | None = None
         self.error: Exception | None = None

@@ -358,7 +358,7 @@ class Case:
         root = directory / "case"
         root.mkdir()
         try:
-            with Simulation(self.seed, pause_s=0.005) as simulation, small_segments(), complaints() as log:
+            with Simulation(self.seed, pause_s=0.005 if self.late or again else 0) as simulation, small_segments(), complaints() as log:
                 disk = DiskLog(root)
                 store = MemoryStore(self.objects)
                 store.late = list(self.late)
@@ -392,8 +392,9 @@ class Case:
             for number, content in enumerate(found):
                 self._match(number, content, self.durable[number], partial=True)
             self._check_leftovers(root / STATE)
-        async with open_host(self._config(root), store, disk) as volume:
-            assert await self._read_all(volume) == found, "a second mount changed what the first one found"
+        if self.late or not self.seed % 4:
+            async with open_host(self._config(root), store, disk) as volume:
+                assert await self._read_all(volume) == found, "a second mount changed what the first one found"
 
     async def _check_lost(self, root: Path, store: MemoryStore, disk: FileOps) -> None:
         async with open_volume(self._config(root), read_only=True, store=store, ops=disk) as volume:

@@ -202,7 +202,7 @@ def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
 
 @pytest.mark.parametrize("flags", SYNCHRONOUS.values(), ids=SYNCHRONOUS)
 def test_each_synchronous_write_is_durable_before_it_returns(strict: Mount, flags: tuple[int, int]) -> None:
-    """The kernel sends an FSYNC after the WRITE, for O_SYNC, O_DSYNC and RWF_DSYNC, since handles have no direct_io."""
+    """semantics: S2. The kernel sends an FSYNC after the WRITE, for O_SYNC, O_DSYNC and RWF_DSYNC, since handles have no direct_io."""
     path = strict.path / "a.raw"
     path.write_bytes(bytes(MIB))
     fd = os.open(path, os.O_RDWR | flags[0])
@@ -220,6 +220,7 @@ def test_each_synchronous_write_is_durable_before_it_returns(strict: Mount, flag
 
 
 def test_fsync_fdatasync_and_close_commit(strict: Mount) -> None:
+    """semantics: S2, S5."""
     path = strict.path / "b.raw"
     path.write_bytes(bytes(MIB))
     calls: list[Callable[[int], None]] = [os.fsync, os.fdatasync, os.close]
@@ -315,7 +316,7 @@ def test_many_readers_of_one_image_read_the_same(tmp_path: Path) -> None:
 
 
 def test_a_second_mount_sees_what_was_closed_in_the_first(tmp_path: Path) -> None:
-    """Close-to-open (design 5.5), with the size, the pages and O_APPEND of a kernel that had cached an older generation."""
+    """semantics: S8. Close-to-open (design 5.5), with the size, the pages and O_APPEND of a kernel that had cached an older generation."""
     with mounted(tmp_path) as first, running(first.url, tmp_path / "mnt2", tmp_path / "state2") as second:
         here, there = first.path / "a.raw", second.path / "a.raw"
         here.write_bytes(b"one" * 10_000)
@@ -360,7 +361,7 @@ def test_a_large_directory_of_another_host_shows_sizes_that_can_be_appended_to(t
 
 
 def test_pages_stay_cached_across_opens_of_one_generation(tmp_path: Path) -> None:
-    """Shown by a store that is taken away: only the kernel's pages can answer then."""
+    """mincore(2) tells what the kernel holds, before the first read through a new handle."""
     with mounted(tmp_path, "--l1-capacity", "64MiB") as mount:
         path = mount.path / "a.raw"
         content = os.urandom(MIB)

@@ -204,6 +204,8 @@ def test_a_signal_while_the_volume_is_being_opened_ends_the_start(tmp_path: Path
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
+        silent.settimeout(60)
+        silent.settimeout(60)
         url = f"s3://bucket/volume?endpoint=http://127.0.0.1:{silent.getsockname()[1]}&region=us-east-1"
         (tmp_path / "mnt").mkdir()
         mount = Mount(

@@ -95,6 +95,7 @@ def test_any_name_that_a_file_may_have(place: Path, name: str) -> None:
 
 
 def test_rename_replaces_atomically(place: Path) -> None:
+    """semantics: S9."""
     old, new = place / "old.raw", place / "new.raw"
     old.write_bytes(b"old" * 1000)
     new.write_bytes(b"new")
@@ -140,6 +141,7 @@ def test_rename_across_and_onto_directories(place: Path) -> None:
 
 
 def test_rename_flags(place: Path) -> None:
+    """semantics: S9."""
     a, b, c = place / "a", place / "b", place / "c"
     a.write_bytes(b"a")
     b.write_bytes(b"b")
@@ -154,6 +156,7 @@ def test_rename_flags(place: Path) -> None:
 
 
 def test_an_unlinked_open_image_lives_until_it_is_closed(place: Path) -> None:
+    """semantics: S10."""
     path = place / "a.raw"
     with path.open("w+b") as file:
         file.write(b"x" * 200_000)

@@ -29,11 +29,14 @@ import trio.testing
 from trio._core import _run as scheduler
 
 import novafs.revisions
+from novafs.asynctools import open_nursery
 
 T = TypeVar("T")
 
 EPOCH_S = 1_000_000.0
 """Boot time at which a simulation starts."""
+RUN_S_MAX = 3600.0
+"""Virtual seconds after which a run is taken to hang."""
 
 
 class Host:
@@ -74,7 +77,10 @@ _host: ContextVar[Host | None] = ContextVar("host", default=None)
 
 
 class Simulation:
-    """See the module. `rng` is the seed's; whatever a test decides at random comes from it. pause_s: the longest usual one."""
+    """See the module. `rng` is the seed's; whatever a test decides at random comes from it.
+
+    pause_s: the longest usual pause of a thread; 0: they are done one after the other, which is faster.
+    """
 
     def __init__(self, seed: int, *, pause_s: float = 0.02) -> None:
         self.seed = seed
@@ -126,17 +132,36 @@ class Simulation:
         async def timed() -> T:
             start = trio.current_time()
             try:
-                return await main(*arguments)
+                with trio.move_on_after(RUN_S_MAX):
+                    return await main(*arguments)
+                raise trio.TooSlowError(f"not done after {RUN_S_MAX:.0f} s of virtual time; where its tasks waited:\n{''.join(stuck)}")
             finally:
                 self._elapsed_s += trio.current_time() - start + 1
 
-        return trio.run(timed, clock=clock)
+        stuck: list[str] = []
+
+        async def watched() -> T:
+            async with open_nursery() as nursery:
+
+                async def watch() -> None:
+                    await trio.sleep(RUN_S_MAX - 1)
+                    stuck.extend(_waiting_tasks())
+
+                nursery.start_soon(watch)
+                result = await timed()
+                nursery.cancel_scope.cancel()
+            return result
+
+        return trio.run(watched, clock=clock)
 
     async def _pause(self) -> None:
-        chosen = self.rng.random()
         host = _host.get()
         if host is not None:
             await host.wait_awake()
+        if not self.pause_s:
+            await trio.lowlevel.checkpoint()
+            return
+        chosen = self.rng.random()
         if chosen < 0.4:
             await trio.lowlevel.checkpoint()
             return
@@ -161,6 +186,8 @@ class Simulation:
         try:
             with trio.CancelScope(shield=not abandon_on_cancel):
                 await self._pause()
+                if not self.pause_s:
+                    return function(*arguments)
                 try:
                     result = function(*arguments)
                 except Exception:
@@ -171,6 +198,21 @@ class Simulation:
         finally:
             if limiter is not None:
                 limiter.release_on_behalf_of(token)
+
+
+def _waiting_tasks() -> list[str]:
+    """Where each task of this run waits, outermost call first."""
+    found: list[str] = []
+    tasks = [trio.lowlevel.current_root_task()]
+    while tasks:
+        task = tasks.pop()
+        if task is None:
+            continue
+        for nursery in task.child_nurseries:
+            tasks.extend(nursery.child_tasks)
+        frames = [f"{frame.f_code.co_qualname}:{line}" for frame, line in task.iter_await_frames()]
+        found.append(f"{task.name}: {' > '.join(frames)}\n")
+    return found
 
 
 def named(function: Any) -> tuple[str, tuple[Any, ...]] | None:

@@ -173,15 +173,15 @@ def test_a_pipe_is_taken_as_it_is_when_that_is_said(local_volume: LocalVolume) -
 def test_a_named_pipe_comes_in_and_goes_out(local_volume: LocalVolume, disk: Path, tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
-    writer = threading.Thread(target=lambda: fifo.write_bytes(disk.read_bytes()))
+    writer = threading.Thread(target=lambda: fifo.write_bytes(disk.read_bytes()), daemon=True)
     writer.start()
     local_volume("import", fifo, "a.raw")
-    writer.join()
+    writer.join(60)
     read: list[bytes] = []
-    reader = threading.Thread(target=lambda: read.append(fifo.read_bytes()))
+    reader = threading.Thread(target=lambda: read.append(fifo.read_bytes()), daemon=True)
     reader.start()
     local_volume("export", "a.raw", fifo)
-    reader.join()
+    reader.join(60)
     assert read == [disk.read_bytes()]
 
 

@@ -39,10 +39,10 @@ def test_a_file_in_its_place_is_refused(tmp_path: Path) -> None:
 def test_a_directory_that_cannot_be_made_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[Exception]
 ) -> None:
-    def fail(_self: Path, **_kwargs: object) -> None:
+    def fail(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(Path, "mkdir", fail)
+    monkeypatch.setattr(os, "mkdir", fail)
     with pytest.raises(kind, match="the state directory"):
         statedir.prepare(tmp_path / "x")
 

@@ -1,0 +1,393 @@
+"""Two writers, a collector, an auditor: any interleaving, any time between, any step killed (Hypothesis).
+
+Nothing that an image, a snapshot or an open handle of a living host shows is ever lost; and in the end, when all have
+stopped and time has passed, nothing is left that nobody needs.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+
+import hypothesis.strategies as st
+import trio
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from novafs.catalogtree import ROOT_ID
+from novafs.errors import StaleError, StoreDeniedError
+from novafs.gc import GcReport, collect
+from novafs.image import Image
+from novafs.snapshots import clone, delete_snapshot, take_snapshot
+from novafs.volume import Volume
+from tests.support.hosts import CHUNK, Kill, World, pattern
+from tests.support.portal import Portal
+
+GRACE_S = 3600.0
+CHUNKS = 300
+"""More than a leaf of the map holds, so that maps have two levels."""
+SEEDS = st.integers(0, 12)
+"""Few different contents, so that dedup finds dead chunks all the time."""
+PLACES = st.one_of(st.integers(0, 8), st.integers(254, 258), st.just(CHUNKS - 1))
+WRITES = st.lists(st.tuples(PLACES, st.integers(1, 4), SEEDS), min_size=1, max_size=4)
+WRITERS = st.sampled_from(["a", "b"])
+NAMES = st.sampled_from(["x", "y", "z"])
+SLEEPS = st.sampled_from([60.0, 400.0, GRACE_S / 2, GRACE_S + 60, 3 * GRACE_S])
+
+Content = dict[int, int]
+"""Chunk index -> seed of its content."""
+
+
+def plain(content: Content) -> bytes:
+    size = max(content, default=-1) + 1
+    return b"".join(pattern(content[i]) if i in content else bytes(CHUNK) for i in range(size))
+
+
+class Pause:
+    """A hook that holds a host's store calls from the first one on whose name starts with `prefix`."""
+
+    def __init__(self, operation: str, prefix: str) -> None:
+        self._operation, self._prefix = operation, prefix
+        self._open = threading.Event()
+        self.reached = threading.Event()
+
+    def __call__(self, operation: str, name: str) -> None:
+        if self.reached.is_set() or (operation == self._operation and name.startswith(self._prefix)):
+            self.reached.set()
+            assert self._open.wait(60), "nobody woke it"
+
+    def wake(self) -> None:
+        self._open.set()
+
+
+class Sleeper:
+    """A commit that is asleep somewhere in its middle."""
+
+    def __init__(self, host: str, name: str, content: Content, pause: Pause) -> None:
+        self.host, self.name, self.content, self.pause = host, name, content, pause
+        self.done = trio.Event()
+        self.error: BaseException | None = None
+
+    async def commit(self, volume: Volume, image: Image) -> None:
+        try:
+            await volume.close_image(image)
+        except BaseException as error:
+            self.error = error
+        finally:
+            self.done.set()
+
+
+class Handle:
+    """An image that the reader has open, what it must show, and the longest time that the reader did not pin it."""
+
+    def __init__(self, image: Image, seen: bytes, now_s: float) -> None:
+        self.image, self.seen = image, seen
+        self.pinned_s = now_s
+        self.lapse_s = 0.0
+
+    def pinned(self, now_s: float) -> None:
+        self.lapse_s = max(self.lapse_s, now_s - self.pinned_s)
+        self.pinned_s = now_s
+
+
+class CollectionMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.directory = Path(tempfile.mkdtemp())
+        self.stack = ExitStack()
+        self.portal = Portal()
+        self.hosts: dict[str, Volume] = {}
+        self.images: dict[str, Content] = {}
+        self.snapshots: dict[tuple[str, str], Content] = {}
+        self.sleepers: dict[str, Sleeper] = {}
+        self.handles: list[Handle] = []
+
+    @initialize()
+    def open(self) -> None:
+        self.world = World(self.directory, lease__wait="0s")
+        self.stack.enter_context(self.world.running())
+        for name in ("a", "b", "c", "auditor", "reader"):
+            self.hosts[name] = self.portal.enter(lambda name=name: self.world.host(name, writeback__interval="1h"))
+
+    # -- writers ------------------------------------------------------------------------------------------------
+
+    def awake(self, host: str) -> bool:
+        return host not in self.sleepers
+
+    def free(self, name: str) -> bool:
+        return all(sleeper.name != name for sleeper in self.sleepers.values())
+
+    async def _opened(self, volume: Volume, name: str) -> Image:
+        if name not in self.images:
+            entry = await volume.create(ROOT_ID, name)
+        else:
+            entry = await volume.catalog.resolve(name, max_age_s=0)
+        return await volume.open_image(entry.node_id)
+
+    def _written(self, name: str, writes: list[tuple[int, int, int]]) -> Content:
+        content = dict(self.images.get(name, {}))
+        for index, count, seed in writes:
+            content.update(dict.fromkeys(range(index, min(index + count, CHUNKS)), seed))
+        return content
+
+    async def _write(self, image: Image, writes: list[tuple[int, int, int]]) -> None:
+        for index, count, seed in writes:
+            for at in range(index, min(index + count, CHUNKS)):
+                await image.write(at * CHUNK, pattern(seed))
+
+    @rule(host=WRITERS, name=NAMES, writes=WRITES)
+    def write(self, host: str, name: str, writes: list[tuple[int, int, int]]) -> None:
+        if not self.awake(host) or not self.free(name):
+            return
+
+        async def work() -> None:
+            volume = self.hosts[host]
+            image = await self._opened(volume, name)
+            await self._write(image, writes)
+            await volume.close_image(image)
+
+        self.portal.run(work)
+        self.images[name] = self._written(name, writes)
+
+    @rule(
+        host=WRITERS,
+        name=NAMES,
+        writes=WRITES,
+        where=st.sampled_from([("create", "packs/"), ("create", "images/"), ("get", "packs/"), ("list", "condemned/")]),
+    )
+    def fall_asleep_in_a_commit(self, host: str, name: str, writes: list[tuple[int, int, int]], where: tuple[str, str]) -> None:
+        if not self.awake(host) or not self.free(name):
+            return
+        pause = Pause(*where)
+
+        async def work() -> Sleeper:
+            volume = self.hosts[host]
+            image = await self._opened(volume, name)
+            await self._write(image, writes)
+            sleeper = Sleeper(host, name, self._written(name, writes), pause)
+            self.world.stores[host].hook = pause
+            self.portal._nursery.start_soon(sleeper.commit, volume, image)
+            while not pause.reached.is_set() and not sleeper.done.is_set():
+                await trio.sleep(0.002)
+            return sleeper
+
+        sleeper = self.portal.run(work)
+        self.images.setdefault(name, {})
+        self.sleepers[host] = sleeper
+        if not pause.reached.is_set():
+            self.wake(host)
+
+    @rule(host=WRITERS)
+    def wake(self, host: str) -> None:
+        sleeper = self.sleepers.pop(host, None)
+        if sleeper is None:
+            return
+        self.world.stores[host].hook = lambda operation, name: None
+        sleeper.pause.wake()
+        self.portal.run(sleeper.done.wait)
+        assert sleeper.error is None, sleeper.error
+        self.images[sleeper.name] = sleeper.content
+
+    @rule(host=WRITERS, name=NAMES)
+    def unlink(self, host: str, name: str) -> None:
+        if not self.awake(host) or not self.free(name) or name not in self.images:
+            return
+        self.portal.run(self.hosts[host].catalog.refresh)
+        self.portal.run(self.hosts[host].unlink, ROOT_ID, name)
+        del self.images[name]
+        for key in [key for key in self.snapshots if key[0] == name]:
+            del self.snapshots[key]
+
+    @rule(host=WRITERS, name=NAMES, tag=st.sampled_from(["s", "t"]))
+    def snapshot(self, host: str, name: str, tag: str) -> None:
+        if not self.awake(host) or not self.free(name) or name not in self.images:
+            return
+
+        async def work() -> None:
+            volume = self.hosts[host]
+            entry = await volume.catalog.resolve(name, max_age_s=0)
+            if (name, tag) in self.snapshots:
+                await delete_snapshot(volume, entry, tag)
+            else:
+                await take_snapshot(volume, entry, tag)
+
+        self.portal.run(work)
+        if self.snapshots.pop((name, tag), None) is None:
+            self.snapshots[(name, tag)] = dict(self.images[name])
+
+    @rule(host=WRITERS, name=NAMES, other=NAMES)
+    def clone(self, host: str, name: str, other: str) -> None:
+        if not self.awake(host) or not self.free(name) or name not in self.images or other in self.images or not self.free(other):
+            return
+
+        async def work() -> None:
+            volume = self.hosts[host]
+            await clone(volume, await volume.catalog.resolve(name, max_age_s=0), ROOT_ID, other)
+
+        self.portal.run(work)
+        self.images[other] = dict(self.images[name])
+
+    # -- readers ------------------------------------------------------------------------------------------------
+
+    @rule(name=NAMES)
+    def open_handle(self, name: str) -> None:
+        if name not in self.images:
+            return
+        volume = self.hosts["reader"]
+
+        async def work() -> Image | None:
+            entry = await volume.catalog.resolve(name, max_age_s=0)
+            if volume.image(entry.node_id) is not None:
+                return None  # another open would make the first handle follow
+            return await volume.open_image(entry.node_id)
+
+        image = self.portal.run(work)
+        if image is not None:
+            self.handles.append(Handle(image, plain(self.images[name]), self.world.ahead_s))
+
+    @precondition(lambda self: bool(self.handles))
+    @rule(keep=st.booleans())
+    def read_handle(self, keep: bool) -> None:
+        volume, handle = self.hosts["reader"], self.handles[0]
+        image = handle.image
+
+        async def work() -> None:
+            volume.cache.l1.clear()
+            image.trim_map(0)
+            handle.pinned(self.world.ahead_s)
+            try:
+                assert await image.read(0, image.size) == handle.seen
+            except StaleError:
+                assert handle.lapse_s > GRACE_S
+            if not keep:
+                await volume.close_image(image)
+
+        self.portal.run(work)
+        if not keep:
+            self.handles.pop(0)
+
+    # -- time and collection ------------------------------------------------------------------------------------
+
+    @rule(seconds=SLEEPS, reader_too=st.booleans())
+    def sleep(self, seconds: float, reader_too: bool) -> None:
+        """Time passes; whoever is awake renews its pin in between."""
+        while seconds > 0:
+            step = min(seconds, GRACE_S / 5)
+            self.world.sleep(step)
+            seconds -= step
+            if not reader_too:
+                self._pin()
+
+    def _pin(self) -> None:
+        self.portal.run(self.hosts["reader"].pins.beat)
+        for handle in self.handles:
+            handle.pinned(self.world.ahead_s)
+
+    @rule(everything=st.booleans())
+    def collect(self, everything: bool) -> None:
+        self._collect("c", everything)
+
+    @rule(everything=st.booleans(), calls=st.integers(1, 80))
+    def collect_and_be_killed(self, everything: bool, calls: int) -> None:
+        self.world.stores["c"].hook = Kill(calls)
+        try:
+            self._collect("c", everything)
+        except StoreDeniedError:
+            pass
+        finally:
+            self.world.stores["c"].hook = lambda operation, name: None
+
+    @rule(first=st.booleans(), calls=st.integers(1, 60), seconds=SLEEPS)
+    def collect_twice_at_once(self, first: bool, calls: int, seconds: float) -> None:
+        """The one stops in its middle, the other runs, time passes, the first goes on."""
+        stopped, go = threading.Event(), threading.Event()
+        left = [calls]
+
+        def hook(operation: str, name: str) -> None:
+            left[0] -= 1
+            if left[0] == 0:
+                stopped.set()
+                assert go.wait(60)
+
+        self.world.stores["c"].hook = hook
+        results: list[GcReport] = []
+
+        async def one() -> None:
+            results.append(await collect(self.hosts["c"], everything=True))
+            stopped.set()
+
+        async def both() -> None:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(one)
+                await trio.to_thread.run_sync(stopped.wait)
+                if first:
+                    await collect(self.hosts["auditor"], everything=True)
+                self.world.sleep(seconds)
+                await collect(self.hosts["auditor"], everything=True)
+                go.set()
+
+        self.portal.run(both)
+        self.world.stores["c"].hook = lambda operation, name: None
+
+    def _collect(self, host: str, everything: bool) -> GcReport:
+        report = self.portal.run(lambda: collect(self.hosts[host], everything=everything))
+        assert report.complete, report.problems
+        assert not report.problems
+        return report
+
+    # -- what must hold -----------------------------------------------------------------------------------------
+
+    @invariant()
+    def everything_is_there(self) -> None:
+        if not self.hosts:
+            return
+        self.portal.run(self._audit)
+
+    async def _audit(self) -> None:
+        volume = self.hosts["auditor"]
+        volume.cache.l1.clear()
+        await volume.catalog.refresh()
+        assert {e.name for e in await volume.catalog.list(ROOT_ID)} == set(self.images)
+        for name, content in self.images.items():
+            entry = await volume.catalog.resolve(name, max_age_s=0)
+            image = await volume.open_image(entry.node_id)
+            assert await image.read(0, CHUNKS * CHUNK) == plain(content), name
+            await volume.close_image(image)
+            for tag, snapshot in entry.snapshots.items():
+                view = await volume.open_snapshot(entry.node_id, snapshot.counter, name=tag)
+                assert await view.read(0, CHUNKS * CHUNK) == plain(self.snapshots[(name, tag)]), (name, tag)
+                await volume.close_image(view)
+
+    def teardown(self) -> None:
+        try:
+            if self.hosts:
+                for host in ("a", "b"):
+                    self.wake(host)
+                while self.handles:
+                    self.read_handle(keep=False)
+                self._pin()
+                self.nothing_is_left_over()
+        finally:
+            for store in self.world.stores.values():
+                store.hook = lambda operation, name: None
+            self.portal.close()
+            self.stack.close()
+            shutil.rmtree(self.directory)
+
+    def nothing_is_left_over(self) -> None:
+        for _ in range(6):
+            self.world.sleep(2 * GRACE_S)
+            report = self._collect("c", everything=True)
+        assert report.packs == report.packs_live
+        assert report.forwards_deleted == 0
+        images = {name.split("/")[1] for name in self.world.names("images/")}
+        assert len(images) == len(self.images)
+        assert not self.world.names("pins/")
+        self.everything_is_there()
+
+
+TestCollectionMachine = CollectionMachine.TestCase
+TestCollectionMachine.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
