@@ -585,7 +585,7 @@ class Changes:
         if not entries:
             return stored
         old = self._loaded.get(node_id)
-        bounds = tree.page_bounds([e.name for e in entries])
+        bounds = tree.page_bounds(entries)
         if len(bounds) == 1:
             data = tree.encode_entries(entries)
             if len(data) <= inline_max:

@@ -8,8 +8,8 @@ is one of
     index    a reference to a blob that lists pages: (first name, reference)
 
 so that a change writes the page, the index and the ancestors, whatever the size of the directory. Pages are cut where
-a hash of the name says so (on average PAGE_ENTRIES entries): the cut depends on the name alone, so all hosts cut alike
-and a change moves no other page.
+a hash of the name says so (on average PAGE_ENTRIES entries), and earlier only where a page would get too long: the cut
+depends on the entries of the page alone, so all hosts cut alike and a change moves no other page.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import msgspec
 import xxhash
 
 from novafs.chunk import REFERENCE_SIZE
-from novafs.errors import InvalidNameError, ObjectCorruptError
+from novafs.codec import PLAIN_MAX
+from novafs.errors import InvalidNameError, ObjectCorruptError, TooLargeError
 
 ROOT_ID: Final = bytes(16)
 NAME_BYTES_MAX: Final = 255
@@ -32,6 +33,8 @@ XATTR_BYTES_MAX: Final = 64 << 10
 INLINE_MAX: Final = 4 << 10
 ROOT_INLINE_MAX: Final = 64 << 10
 PAGE_ENTRIES: Final = 256
+PAGE_BYTES: Final = 1 << 20
+"""About what a page holds at most, unless one entry alone is larger: no reader takes a blob of more than PLAIN_MAX."""
 
 
 class Kind(enum.IntEnum):
@@ -120,8 +123,17 @@ def split_path(path: str) -> list[str]:
 
 
 def encode_entries(entries: Sequence[Entry]) -> bytes:
-    """One page, or an inline directory."""
-    return msgspec.msgpack.encode([msgspec.structs.replace(e, parent_id=ROOT_ID) for e in entries])
+    """One page, or an inline directory. Raises TooLargeError where nobody could read it back."""
+    return _readable(msgspec.msgpack.encode([msgspec.structs.replace(e, parent_id=ROOT_ID) for e in entries]), entries[0].name)
+
+
+def _readable(data: bytes, first: str) -> bytes:
+    if len(data) > PLAIN_MAX:
+        raise TooLargeError(
+            f"directory entries from {first[:80]!a} on would take {len(data)} bytes, at most {PLAIN_MAX} can be: "
+            f"delete snapshots, or spread the images over more directories"
+        )
+    return data
 
 
 def decode_entries(data: bytes, where: str) -> list[Entry]:
@@ -133,8 +145,8 @@ def decode_entries(data: bytes, where: str) -> list[Entry]:
 
 
 def encode_index(rows: Sequence[PageRow]) -> bytes:
-    """An index blob."""
-    return msgspec.msgpack.encode(rows)
+    """An index blob. Raises TooLargeError where nobody could read it back."""
+    return _readable(msgspec.msgpack.encode(rows), rows[0].first)
 
 
 def decode_index(data: bytes, where: str) -> list[PageRow]:
@@ -153,14 +165,27 @@ def cuts_here(name: str) -> bool:
     return xxhash.xxh32_intdigest(name.encode()) % PAGE_ENTRIES == 0
 
 
-def page_bounds(names: Sequence[str]) -> list[tuple[int, int]]:
-    """Where sorted names are cut into pages: (start, end) positions. A page never exceeds 8 × PAGE_ENTRIES."""
+def _weight(entry: Entry) -> int:
+    """About how many bytes an entry takes, at least; what can be long is counted."""
+    size = 128 + len(entry.name) + len(entry.content.inline)
+    if entry.xattrs:
+        size += sum(len(name) + len(value) + 8 for name, value in entry.xattrs.items())
+    if entry.snapshots:
+        size += sum(len(name) + 32 for name in entry.snapshots)
+    return size
+
+
+def page_bounds(entries: Sequence[Entry]) -> list[tuple[int, int]]:
+    """Where entries, sorted by name, are cut into pages: (start, end) positions. A page never exceeds 8 × PAGE_ENTRIES, nor,
+    but for a single entry, about PAGE_BYTES."""
     bounds: list[tuple[int, int]] = []
-    start = 0
-    for at, name in enumerate(names):
-        if at > start and (cuts_here(name) or at - start >= 8 * PAGE_ENTRIES):
+    start = size = 0
+    for at, entry in enumerate(entries):
+        weight = _weight(entry)
+        if at > start and (cuts_here(entry.name) or at - start >= 8 * PAGE_ENTRIES or size + weight > PAGE_BYTES):
             bounds.append((start, at))
-            start = at
-    if start < len(names):
-        bounds.append((start, len(names)))
+            start, size = at, 0
+        size += weight
+    if start < len(entries):
+        bounds.append((start, len(entries)))
     return bounds

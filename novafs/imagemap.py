@@ -24,6 +24,7 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
+import trio
 
 from novafs.chunk import HOLE_BYTES, REFERENCE_DTYPE, REFERENCE_SIZE, ChunkIndex, Reference
 from novafs.errors import ObjectCorruptError, TooLargeError
@@ -62,7 +63,7 @@ class MapState:
     __slots__ = ("_nodes", "chunks", "levels", "top")
 
     def __init__(self, chunks: int, levels: int, top: bytes) -> None:
-        if levels > LEVELS_MAX or len(top) != top_entries(chunks, levels) * REFERENCE_SIZE:
+        if not 0 <= levels <= LEVELS_MAX or len(top) > TOP_MAX * REFERENCE_SIZE or len(top) != top_entries(chunks, levels) * REFERENCE_SIZE:
             raise ObjectCorruptError(f"map: {len(top)} bytes of top for {chunks} chunks at {levels} levels; run 'novafs fsck'")
         self.chunks = chunks
         self.levels = levels
@@ -159,14 +160,35 @@ class MapState:
             return
         walk = MapState(self.chunks, self.levels, self.top)  # its own node table: this state's stays as it is
         leaves = (self.chunks + FANOUT - 1) // FANOUT
-        for start in range(from_chunk // FANOUT, leaves, ahead):
-            stop = min(start + ahead, leaves)
+        start = from_chunk // FANOUT
+        while start < leaves:
+            for nodes in walk._nodes[1:]:
+                if len(nodes) > 64:
+                    nodes.clear()
+            # An image may be all but empty and have a thousand million leaves: what is a hole at a higher level is passed over
+            # whole, and the others that this thread serves have their turn.
+            if (hole := await walk._hole_at(start, fetch)) > 1:
+                await trio.lowlevel.checkpoint()
+                start += hole
+                continue
+            stop = min(start + ahead, leaves, (start // FANOUT + 1) * FANOUT)
+            await trio.lowlevel.checkpoint()
             await walk.load(start * FANOUT, stop * FANOUT - 1, fetch)
             for index in range(start, stop):
                 node = walk._nodes[0][index]
                 if node != EMPTY_NODE:
                     yield index * FANOUT, np.frombuffer(node, dtype=REFERENCE_DTYPE)
             walk._nodes[0].clear()
+            start = stop
+
+    async def _hole_at(self, leaf: int, fetch: Fetch) -> int:
+        """How many leaves from `leaf` on lie in the largest node that is a hole; 0 where that is the leaf at most."""
+        for level in range(self.levels - 1, 0, -1):
+            await self._load_level(level, ((leaf >> (8 * level)),), fetch)
+            if self._nodes[level][leaf >> (8 * level)] == EMPTY_NODE:
+                span = 1 << (8 * level)
+                return span - leaf % span
+        return 0
 
     def node_references(self) -> list[Reference]:
         """References of the nodes directly below the top (none at level 0), holes left out."""

@@ -129,7 +129,7 @@ class ImageReader:
             plain: bytes | None = None
         else:
             plain = self._cache.peek(entry[:32])
-            if plain is None:
+            if plain is None or len(plain) != self.chunk_size:  # of another length: `read` says what is wrong with it
                 return None
         if found is not None:
             return dirty.compose(found, plain, start, end)
@@ -146,9 +146,12 @@ class ImageReader:
         if length <= 0:
             return b""
         if length > READ_BATCH_MAX:
-            parts = [
-                await self.read(at, min(READ_BATCH_MAX, offset + length - at)) for at in range(offset, offset + length, READ_BATCH_MAX)
-            ]
+            parts = []
+            for at in range(offset, offset + length, READ_BATCH_MAX):
+                wanted = min(READ_BATCH_MAX, offset + length - at)
+                parts.append(await self.read(at, wanted))
+                if len(parts[-1]) < wanted:
+                    break  # cut meanwhile: what it may have grown to since does not follow on this
             return b"".join(parts)
         first = offset >> self._shift
         last = (offset + length - 1) >> self._shift

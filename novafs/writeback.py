@@ -88,7 +88,8 @@ class WritebackController:
         self._dirty_bytes = 0
         self._high = trio.Event()
         self._room = trio.Event()
-        self._full_error: NovaError | None = None
+        self._stuck: dict[bytes, tuple[int, NovaError]] = {}
+        """Images whose last commit here met an error that waiting can not mend: the generation they are stuck at, the error."""
         self._commits = trio.CapacityLimiter(COMMITS_MAX)
         self._committing: set[bytes] = set()
         self._answering: set[bytes] = set()
@@ -115,21 +116,26 @@ class WritebackController:
         if self._dirty_bytes > self.rules.dirty_max_bytes // 2:
             self._high.set()
         if self._dirty_bytes < self.rules.dirty_max_bytes:
-            self._full_error = None
             self._room.set()
 
     async def wait_dirty_room(self) -> bool:
-        """Wait while dirty bytes are at their cap; whether it waited. Raises the error of a commit that waiting can not mend."""
+        """Wait while dirty bytes are at their cap; whether it waited. Raises the error of a commit that waiting can not mend,
+        once no image is left whose commit may make room: what one image met is no matter of the others."""
         waited = False
         while self._dirty_bytes >= self.rules.dirty_max_bytes:
-            if self._full_error is not None:
-                raise self._full_error
+            errors = [self._stuck_by(image) for image in self._images() if image.dirty]
+            if errors and errors[0] is not None and None not in errors:
+                raise errors[0]
             waited = True
             if self._room.is_set():  # never an event that another writer waits for
                 self._room = trio.Event()
             self._high.set()
             await self._room.wait()
         return waited
+
+    def _stuck_by(self, image: Image) -> NovaError | None:
+        at, error = self._stuck.get(image.node_id, (-1, None))
+        return error if at == image.generation else None
 
     async def acquire_lease(self, image: Image) -> Lease:
         """The right to write an image, noted on disk first: after a crash the next mount finds what it may give back."""
@@ -259,15 +265,16 @@ class WritebackController:
             async with self._commits:
                 await image.commit()
                 self.commits += 1
-                self._full_error = None
+                self._stuck.pop(image.node_id, None)
         except RetryableError as error:
             self.commit_errors += 1
+            self._stuck.pop(image.node_id, None)
             log.warning("%s: not committed yet, the store does not answer: %s", image.name, error)
             await trio.sleep(RETRY_S)
         except NovaError as error:
             self.commit_errors += 1
             log.error("%s: can not be committed: %s", image.name, error)
-            self._full_error = error
+            self._stuck[image.node_id] = (image.generation, error)
             self._room.set()
             await trio.sleep(RETRY_S)
         finally:
