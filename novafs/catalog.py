@@ -23,6 +23,7 @@ from novafs.asynctools import GroupCommit
 from novafs.catalogtree import ROOT_ID, Content, Entry, Kind, PageRow, check_name, split_path
 from novafs.chunk import Reference
 from novafs.errors import (
+    CorruptionError,
     ExistsError,
     InvalidNameError,
     IsDirectoryError,
@@ -413,7 +414,7 @@ class _Request:
         except NovaError as error:
             changes.roll_back(staged)
             self.error = error
-            if not isinstance(error, UserError):
+            if not isinstance(error, UserError | CorruptionError):
                 raise  # not about this one request: a store that is away concerns all
 
 

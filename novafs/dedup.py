@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 CHUNKS_MAX: Final = 16_000_000
 VERIFIED_S: Final = 3600.0
 VERIFIED_PACKS_MAX: Final = 512
+VERIFIED_ROWS_MAX: Final = 1 << 18
+"""Of all footers that are remembered, 270 bytes each."""
 FOOTERS_IN_FLIGHT: Final = 16
 
 _PLACE: Final = struct.Struct("<16sIIB")
@@ -176,6 +178,7 @@ class Deduplicator:
         self._limiter = trio.CapacityLimiter(2)
         # pack id -> (boot time of the check, rows of its footer); most recently used last
         self._verified: OrderedDict[bytes, tuple[float, dict[bytes, Reference]]] = OrderedDict()
+        self._verified_rows = 0
 
     async def find(self, chunk_ids: Sequence[bytes]) -> dict[bytes, Reference]:
         """References, each checked, for those of the chunks that are stored and may be referred to."""
@@ -191,6 +194,7 @@ class Deduplicator:
     async def lost(self, pack_ids: Collection[bytes]) -> list[PackId]:
         """Those of the packs that are gone or condemned, by a look that begins now; they are never hit again."""
         await self.condemned.refresh(0)
+        # A list that can not be read forbids hits (`CondemnedView`), but tells nothing of those that were made before.
         condemned = self.condemned.current.packs
         lost = [PackId(p) for p in pack_ids if p in condemned]
         slots = trio.CapacityLimiter(FOOTERS_IN_FLIGHT)
@@ -207,7 +211,7 @@ class Deduplicator:
                 if pack_id not in condemned:
                     nursery.start_soon(look, PackId(pack_id))
         for pack_id in lost:
-            self._verified.pop(pack_id, None)
+            self._forget_verified(pack_id)
         return lost
 
     async def put_right(self, node: bytes) -> tuple[bytes, set[bytes]]:
@@ -270,10 +274,16 @@ class Deduplicator:
 
     def note_verified(self, pack_id: PackId, references: Iterable[Reference], at_s: float) -> None:
         """The pack is known to hold these frames since boot time `at_s`: read from its footer, or uploaded by us."""
-        self._verified[pack_id] = (at_s, {r.chunk_id: r for r in references})
-        self._verified.move_to_end(pack_id)
-        while len(self._verified) > VERIFIED_PACKS_MAX:
-            self._verified.popitem(last=False)
+        self._forget_verified(pack_id)
+        rows: dict[bytes, Reference] = {r.chunk_id: r for r in references}
+        self._verified[pack_id] = (at_s, rows)
+        self._verified_rows += len(rows)
+        while len(self._verified) > 1 and (len(self._verified) > VERIFIED_PACKS_MAX or self._verified_rows > VERIFIED_ROWS_MAX):
+            self._forget_verified(next(iter(self._verified)))
+
+    def _forget_verified(self, pack_id: bytes) -> None:
+        _, rows = self._verified.pop(pack_id, (0.0, {}))
+        self._verified_rows -= len(rows)
 
     async def note_uploaded(self, pack_id: PackId, references: list[Reference], at_s: float) -> None:
         """An own pack is stored: later writes may refer to its chunks."""

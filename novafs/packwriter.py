@@ -39,6 +39,10 @@ from novafs.revisions import boot_time_s
 UPLOADS_MAX: Final = 4
 """Packs in flight of one writer: 4 × 8 MiB fill a 2 Gbit/s link at 100 ms, and bound its memory."""
 
+PLACED_MAX: Final = 1 << 18
+"""Chunks whose place a writer remembers, 270 bytes each: a source of a terabyte has 16 million. Far more than can be in packs that
+are not uploaded yet; of what it has forgotten the dedup index knows, and a chunk that nobody knows is stored once more."""
+
 
 @dataclass(slots=True)
 class WriteCounts:
@@ -121,7 +125,8 @@ class PackWriter:
         self._workers = workers
         self._cache = cache
         self._builder = PackBuilder()
-        self._placed: dict[bytes, Reference] = {}  # what this writer has placed; true once its pack is uploaded
+        # What this writer has placed, oldest first; true once its pack is uploaded.
+        self._placed: dict[bytes, Reference] = {}
         self._slots = trio.CapacityLimiter(UPLOADS_MAX)
         self._uploading = 0
         self._idle = trio.Event()
@@ -133,9 +138,11 @@ class PackWriter:
     async def prepare(self, plains: Sequence[bytes]) -> list[Prepared]:
         """Zero test, hash, dedup lookup, compression of what is new; in worker threads."""
         ids = await trio.to_thread.run_sync(_identify, plains, limiter=self._workers)
-        wanted = {i for i in ids if i is not None and i not in self._placed}
-        known = await self._dedup.find(list(wanted))
-        fresh = {i: plain for i, plain in zip(ids, plains, strict=True) if i in wanted and i not in known and i not in self._placed}
+        # Taken along, because `_placed` may have forgotten them when `append` comes to them.
+        placed = {i: self._placed[i] for i in ids if i is not None and i in self._placed}
+        wanted = {i for i in ids if i is not None and i not in placed}
+        known: dict[bytes, Reference] = {**await self._dedup.find(list(wanted)), **placed}
+        fresh = {i: plain for i, plain in zip(ids, plains, strict=True) if i in wanted and i not in known}
         frames: dict[ChunkId, Frame] = {}
         if fresh:
             encoded = await trio.to_thread.run_sync(_encode, list(fresh.values()), self._codec, self._codec_level, limiter=self._workers)
@@ -159,14 +166,15 @@ class PackWriter:
         if reference is not None:
             counts.dedup_chunks += 1
         else:
-            # A frame is missing only where `prepare` saw the chunk in `_placed`, which never forgets.
-            assert item.frame is not None
+            assert item.frame is not None  # `prepare` gives a place or a frame
             if self._builder.full:
                 await self._upload()
             reference = self._builder.add(item.chunk_id, item.frame, len(item.plain))
             counts.new_chunks += 1
             counts.stored_bytes += reference.length
             self._placed[item.chunk_id] = reference
+            if len(self._placed) > PLACED_MAX:
+                del self._placed[next(iter(self._placed))]
         self.used.packs.add(reference.pack_id)
         if self._cache is not None:
             self._cache.add(item.chunk_id, item.plain, item.frame)

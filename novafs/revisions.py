@@ -13,16 +13,19 @@ if the predecessors of the listed head lead back to it. Time is CLOCK_BOOTTIME, 
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from collections.abc import Callable
 from typing import Final, Generic, NamedTuple, Protocol, TypeVar
 
-from novafs.errors import NovaError, ObjectExistsError, ObjectNotFoundError
+from novafs.errors import NovaError, ObjectCorruptError, ObjectExistsError, ObjectNotFoundError
 from novafs.objectstore.client import StoreClient
 
 _TOP: Final = 2**64 - 1
+_REVISION: Final = re.compile("[0-9a-f]{16}")
 NONCE_SIZE: Final = 16
+OTHERS_AT_ONCE: Final = 100
 GRACE_S_DEFAULT: Final = 24 * 3600.0
 GRACE_ASSUMED_S: Final = 600.0
 """What writers take `gc.grace` for where it is more: so they are safe beside a collector with any grace from this up."""
@@ -64,10 +67,7 @@ def revision_name(prefix: str, counter: int) -> str:
 def counter_of(name: str) -> int | None:
     """The counter in an object's name, or None where the name ends in no revision."""
     text = name.rpartition("/")[2]
-    try:
-        return _TOP - int(text, 16) if len(text) == 16 else None
-    except ValueError:
-        return None
+    return _TOP - int(text, 16) if _REVISION.fullmatch(text) else None
 
 
 def new_nonce() -> bytes:
@@ -106,15 +106,25 @@ class Chain(Generic[R]):
         self._clock_s = clock_s
 
     async def head_counter(self) -> int | None:
-        """The newest number by one listing, None where there is none."""
-        for info in await self._client.list(self.prefix, limit=1):
-            return counter_of(info.name)
-        return None
+        """The newest number by one listing, None where there is none. What is no revision of ours is passed over."""
+        after = ""
+        while True:
+            infos = await self._client.list(self.prefix, after=after, limit=1 if not after else OTHERS_AT_ONCE)
+            for info in infos:
+                if (counter := counter_of(info.name)) is not None and info.name == revision_name(self.prefix, counter):
+                    return counter
+            if not infos:
+                return None
+            after = infos[-1].name
 
     async def read(self, counter: int) -> R:
         """One record. Raises ObjectNotFoundError, ObjectCorruptError, NewerFormatError."""
         name = revision_name(self.prefix, counter)
-        return self._decode(await self._client.get(name), name)
+        record = self._decode(await self._client.get(name), name)
+        if record.counter != counter:
+            # A copy under another number. Taken for the head, every commit after it would conflict, and be tried again for ever.
+            raise ObjectCorruptError(f"{name}: holds revision {record.counter}, where {counter} should be; run 'novafs fsck'")
+        return record
 
     async def head(self, known: Head[R] | None = None) -> Head[R] | None:
         """The newest record: two round trips, one where it is still the `known` one. None where the chain is empty."""
@@ -137,6 +147,8 @@ class Chain(Generic[R]):
         Raises ConflictError where another host was first (nothing of `record` counts then). After any other error
         it is unknown whether it counts: the caller commits again with the same nonce, or reads the head.
         """
+        if record.counter > _TOP:
+            raise ObjectCorruptError(f"{self.prefix}: has a revision {_TOP}, which none of ours reaches; run 'novafs fsck'")
         name = revision_name(self.prefix, record.counter)
         try:
             await self._client.create(name, self._encode(record))

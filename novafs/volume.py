@@ -40,6 +40,7 @@ from novafs.dedup import DedupIndex, Deduplicator
 from novafs.durable import FileOps
 from novafs.errors import (
     ConfigError,
+    CorruptionError,
     ExistsError,
     InvalidNameError,
     IsDirectoryError,
@@ -48,6 +49,7 @@ from novafs.errors import (
     NovaError,
     NoVolumeError,
     ReadOnlyError,
+    RetryableError,
     StoreUnavailableError,
     TooLargeError,
 )
@@ -283,6 +285,7 @@ class Volume:
         self._heads: OrderedDict[bytes, Head[Generation]] = OrderedDict()
         self._hints: dict[bytes, Attributes] = {}
         self._usage: tuple[float, int] | None = None
+        """Trio time up to which it holds, and bytes of all packs."""
         self._usage_lock = trio.Lock()
 
     # -- writing to L3 ------------------------------------------------------------------------------------------
@@ -325,11 +328,12 @@ class Volume:
 
     def _trim_maps(self) -> None:
         budget = self.config.l1.capacity_bytes // MAP_SHARE
-        used = sum(image.map_bytes for image in self._images.values())
+        images = [*self._images.values(), *self._views]
+        used = sum(image.map_bytes for image in images)
         if used > budget:
-            for image in self._images.values():
-                image.trim_map(keep_leaves=max(16, budget // 2 // len(self._images) // (16 << 10)))
-            used = sum(image.map_bytes for image in self._images.values())
+            for image in images:
+                image.trim_map(keep_leaves=max(16, budget // 2 // len(images) // (16 << 10)))
+            used = sum(image.map_bytes for image in images)
         self.cache.l1.set_reserved("maps", used)
 
     async def close(self) -> None:
@@ -348,11 +352,15 @@ class Volume:
             async with slots:
                 try:
                     await image.commit()
-                    await image.release_lease()
                     self._note_hint(image)
                 except NovaError as error:
                     log.error("image %s: %d dirty bytes could not be committed: %s", image.name, image.dirty_bytes, error)
                     failed.append(error)
+                    return
+                try:
+                    await image.release_lease()
+                except NovaError as error:
+                    log.warning("image %s: its lease is given back by the next mount: %s", image.name, error)
 
         async with open_nursery() as nursery:
             for image in images:
@@ -639,6 +647,9 @@ class Volume:
         return self._images.get(node_id)
 
     def _remember_head(self, head: Head[Generation]) -> None:
+        known = self._heads.get(head.record.image_id)
+        if known is not None and known.record.counter > head.record.counter:
+            return  # of a look that began earlier and was slow
         self._heads[head.record.image_id] = head
         self._heads.move_to_end(head.record.image_id)
         while len(self._heads) > HEADS_MAX:
@@ -681,13 +692,13 @@ class Volume:
         """Bring sizes and times in the catalog up to date, all in one commit."""
         if not self._hints:
             return
-        hints, self._hints = self._hints, {}
+        hints = dict(self._hints)
 
         async def operation(changes: Any) -> None:
             for node_id, hint in hints.items():
                 try:
                     entry = await changes.get(node_id)
-                except NotFoundError:
+                except (NotFoundError, CorruptionError):  # damaged: the hints of other directories go on
                     continue
                 edited = msgspec.structs.replace(
                     entry,
@@ -700,14 +711,26 @@ class Volume:
                     changes.set(edited)
 
         await self.catalog.change(operation)
+        # Only now: after a failure they are brought with the next commit, and until then listings show them from here.
+        for node_id, hint in hints.items():
+            if self._hints.get(node_id) is hint:
+                del self._hints[node_id]
 
     async def usage(self) -> VolumeUsage:
-        """Capacity and use of the volume; at most USAGE_AGE_S old, from one listing of the packs."""
+        """Capacity and use of the volume, from a listing of the packs: of the last USAGE_AGE_S, or 20 times as long as the listing
+        took where that is more. What was known last, while the store is away."""
         async with self._usage_lock:
-            if self._usage is None or trio.current_time() - self._usage[0] > USAGE_AGE_S:
-                infos = await self.client.list(pack.PREFIX)
-                self._usage = (trio.current_time(), sum(info.size for info in infos))
-        used = self._usage[1]
+            began_s = trio.current_time()
+            if self._usage is None or began_s >= self._usage[0]:
+                used = self._usage[1] if self._usage is not None else 0
+                try:
+                    used = sum(info.size for info in await self.client.list(pack.PREFIX))
+                except RetryableError:
+                    if self._usage is None:
+                        raise
+                now_s = trio.current_time()
+                self._usage = (now_s + max(USAGE_AGE_S, 20 * (now_s - began_s)), used)
+            used = self._usage[1]
         room = await self.client.usage()
         free = math.inf if room.free_bytes is None else room.free_bytes
         capacity = int(min(self.config.l3.capacity_bytes, used + free))
@@ -730,7 +753,7 @@ class Volume:
             "commit_errors": self.writeback.commit_errors,
             "journal": asdict(self.writeback.journal.statistics()) if self.writeback.journal is not None else None,
             "collection": dict(self.dedup.condemned.current.summary),
-            "map_bytes": sum(image.map_bytes for image in self._images.values()),
+            "map_bytes": sum(image.map_bytes for image in (*self._images.values(), *self._views)),
             "cache": asdict(self.cache.statistics()),
             "store": asdict(self.client.statistics()),
         }

@@ -110,6 +110,7 @@ class NodeTable:
             self._by_inode[node.inode] = self._by_id[entry.node_id] = node
         else:
             node.entry = entry
+            node.gone = False  # found again: another host had moved it to where this one had not looked yet
         node.lookups += 1
         return node
 

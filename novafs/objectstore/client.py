@@ -29,6 +29,8 @@ T = TypeVar("T")
 
 BACKOFF_FIRST_S: Final = 0.05
 BACKOFF_MAX_S: Final = 2.0
+LIST_PART: Final = 4000
+"""Four requests of S3."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +100,16 @@ class StoreClient:
         self._counters["put"].written_bytes += len(data)
 
     async def list(self, prefix: str, *, after: str = "", limit: int | None = None) -> builtins.list[ObjectInfo]:
-        """See `ObjectStore.list`."""
-        return await self._call("list", prefix, partial(self.store.list, prefix, after=after, limit=limit))
+        """See `ObjectStore.list`. A long listing is read in parts, each of which may take `io_timeout_s`: a volume of a million
+        packs can be listed, however slow its store is."""
+        found: builtins.list[ObjectInfo] = []
+        while True:
+            wanted = LIST_PART if limit is None else min(LIST_PART, limit - len(found))
+            part = await self._call("list", prefix, partial(self.store.list, prefix, after=after, limit=wanted))
+            found += part
+            if len(part) < wanted or len(found) == limit:
+                return found
+            after = part[-1].name
 
     async def head(self, name: str) -> ObjectInfo:
         """See `ObjectStore.head`."""

@@ -75,3 +75,12 @@ def test_an_open_node_outlives_its_last_lookup() -> None:
     node.handles = 0
     nodes.let_go(node)
     assert nodes.known(node.inode) is None
+
+
+def test_a_node_that_was_found_again_is_gone_no_more() -> None:
+    """Moved by another host to a directory that this one had not looked at: it stayed without links, and chmod was lost."""
+    nodes = table()
+    node = nodes.looked_up(entry(b"\x05" * 16))
+    node.gone = True
+    assert nodes.looked_up(entry(b"\x05" * 16, "b")) is node
+    assert not node.gone

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 import trio
 
-from novafs.errors import NovaError, ObjectExistsError
+from novafs.errors import NovaError, ObjectCorruptError, ObjectExistsError
 from novafs.objectstore.client import StoreClient
 from novafs.objectstore.url import create_root, open_store
 from novafs.record import seal, unseal
@@ -150,5 +150,41 @@ def test_a_chain_that_was_emptied_is_no_reason_to_believe_a_slow_commit(tmp_path
         with pytest.raises(NovaError):
             await chain.commit(Head(head.record, 1000.0), mine)
         chain._client.list = original  # type: ignore[method-assign]
+
+    trio.run(main)
+
+
+def test_what_is_no_revision_hides_none(tmp_path: Path) -> None:
+    """A file that somebody left, a key that a console made: the chain looked empty, which is to say the image was removed."""
+
+    async def main() -> None:
+        chain = chain_on(tmp_path, Clock())
+        await chain.commit(None, first())
+        client = StoreClient(open_store(f"file://{tmp_path / 'store'}"))
+        for name in ("-", "0", "0x00000000000000", "_000000000000000", "00000000000000000", "0000000000000zzz"):
+            await client.create(f"notes/{name}", b"junk")
+            assert await chain.head_counter() == 0
+        for number in range(150):
+            await client.create(f"notes/000-{number:03}", b"junk")
+        found = await chain.head()
+        assert found is not None
+        assert found.record.counter == 0
+
+    trio.run(main)
+
+
+def test_a_revision_under_another_number_is_corrupt_and_not_the_head(tmp_path: Path) -> None:
+    """Whoever took it for the head conflicted with what it really was, again and again without end."""
+
+    async def main() -> None:
+        chain = chain_on(tmp_path, Clock())
+        note = first()
+        await chain.commit(None, note)
+        client = StoreClient(open_store(f"file://{tmp_path / 'store'}"))
+        await client.create(revision_name("notes/", 7), seal(b"NOTE", 1, note))
+        with pytest.raises(ObjectCorruptError, match="holds revision 0, where 7 should be"):
+            await chain.head()
+        with pytest.raises(ObjectCorruptError):
+            await chain.commit(None, Note(2**64, new_nonce()))
 
     trio.run(main)
