@@ -19,6 +19,7 @@ earliest, by a collector that sees the commit's generation; a commit that takes 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from typing import Final, NamedTuple
 
@@ -26,11 +27,13 @@ import msgspec
 import trio
 
 from novafs.chunk import ID_SIZE, PACK_ID_SIZE, Reference
-from novafs.errors import ObjectNotFoundError
+from novafs.errors import ObjectCorruptError, ObjectNotFoundError
 from novafs.generation import HOST
 from novafs.objectstore.client import StoreClient
 from novafs.record import seal, unseal
 from novafs.revisions import GRACE_S_DEFAULT, Chain, ConflictError, Head, boot_time_s, counter_of, new_nonce, writers_grace_s
+
+log = logging.getLogger(__name__)
 
 KIND: Final = b"COND"
 VERSION: Final = 1
@@ -182,9 +185,14 @@ class CondemnedView:
         self._lock = trio.Lock()
         self._read_s: float | None = None
         self.current = EMPTY
+        self.readable = True
+        """False: the newest list is damaged; then nothing may be looked up."""
 
     async def refresh(self, max_age_s: float | None = None) -> None:
-        """Look again, unless the last look is young enough. Raises what the store raises: nothing may be looked up then."""
+        """Look again, unless the last look is young enough. Raises what the store raises: nothing may be looked up then.
+
+        A list that is damaged forbids everything, and must not stop commits: `readable` is False, and `current` is what it was.
+        """
         limit_s = self._max_age_s if max_age_s is None else max_age_s
         asked_s = boot_time_s()
         async with self._lock:
@@ -192,10 +200,19 @@ class CondemnedView:
             if self._read_s is not None and self._read_s >= asked_s - limit_s:
                 return
             began_s = boot_time_s()
-            self.current = await read_condemned(self._client, self.current)
+            try:
+                self.current = await read_condemned(self._client, self.current)
+            except ObjectCorruptError as error:
+                if self.readable:
+                    log.error("%s; until it is repaired everything that is written is stored anew ('novafs fsck --repair')", error)
+                self.readable = False
+            else:
+                self.readable = True
             self._read_s = began_s
 
     def forbids(self, reference: Reference) -> bool:
         """Whether nothing may refer to this frame any more."""
         current = self.current
+        if not self.readable:
+            return True
         return reference.pack_id in current.packs or reference.chunk_id in current.damaged.get(reference.pack_id, ())

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
 from typing import Any, Final
 
 import trio
 
-from novafs import control, snapshots, statedir
+from novafs import aside, control, snapshots, statedir
 from novafs.catalogtree import Entry, split_path
 from novafs.config import Config
 from novafs.errors import InvalidNameError
@@ -68,7 +69,25 @@ async def _rollback(volume: Volume, request: Mapping[str, Any]) -> Any:
     return {"image": volume.catalog.path_of(entry), "generation": image.generation, "size": image.size}
 
 
-OPERATIONS: Final[Mapping[str, Operation]] = {"clone": _clone, "snapshot": _snapshot, "snapshots": _snapshots, "rollback": _rollback}
+async def _apply_aside(volume: Volume, request: Mapping[str, Any]) -> Any:
+    path = Path(str(request["path"]))
+    segment = await trio.to_thread.run_sync(aside.read_aside, path)
+    wanted = request.get("image_id")
+    try:
+        image_id = bytes.fromhex(str(wanted)) if wanted is not None else None
+    except ValueError as error:
+        raise InvalidNameError(f"{wanted!r}: is no image id; 'novafs fsck' shows them") from error
+    made = await aside.apply_aside(volume, path, segment, str(request["name"]), image_id=image_id, onto=request.get("onto"))
+    return {"image": volume.catalog.path_of(made), "id": made.node_id.hex()}
+
+
+OPERATIONS: Final[Mapping[str, Operation]] = {
+    "clone": _clone,
+    "snapshot": _snapshot,
+    "snapshots": _snapshots,
+    "rollback": _rollback,
+    "apply_aside": _apply_aside,
+}
 
 
 async def perform(config: Config, op: str, **request: Any) -> Any:

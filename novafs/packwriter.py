@@ -139,7 +139,7 @@ class PackWriter:
         """Zero test, hash, dedup lookup, compression of what is new; in worker threads."""
         ids = await trio.to_thread.run_sync(_identify, plains, limiter=self._workers)
         # Taken along, because `_placed` may have forgotten them when `append` comes to them.
-        placed = {i: self._placed[i] for i in ids if i is not None and i in self._placed}
+        placed: dict[bytes, Reference] = {i: self._placed[i] for i in ids if i is not None and i in self._placed}
         wanted = {i for i in ids if i is not None and i not in placed}
         known: dict[bytes, Reference] = {**await self._dedup.find(list(wanted)), **placed}
         fresh = {i: plain for i, plain in zip(ids, plains, strict=True) if i in wanted and i not in known}

@@ -116,7 +116,7 @@ async def _uncommitted(volume: Volume, journal: Journal, image_id: bytes, record
     newest, reason = head.record, ""
     if newest.journal_id != journal.journal_id:
         reason = f"host {newest.host} has written generation {newest.counter} since"
-        own = await _last_under(volume, chain, records[-1].epoch)
+        own = await last_under(volume, chain, records[-1].epoch)
         if own is None or own.journal_id != journal.journal_id:
             return records, reason
         newest = own
@@ -124,7 +124,7 @@ async def _uncommitted(volume: Volume, journal: Journal, image_id: bytes, record
     return [r for r in records if r.sequence > newest.sequence], reason
 
 
-async def _last_under(volume: Volume, chain: Chain[Generation], epoch: int) -> Generation | None:
+async def last_under(volume: Volume, chain: Chain[Generation], epoch: int) -> Generation | None:
     """The newest generation of an epoch, or of an older one; None where it was collected. Epochs never fall along a chain."""
     infos = await volume.client.list(chain.prefix)
     counters = sorted(counter for info in infos if (counter := counter_of(info.name)) is not None)

@@ -127,6 +127,8 @@ class Retention:
     problems: list[Problem] = field(default_factory=list)
     bad_nodes: dict[bytes, str] = field(default_factory=dict)
     """Chunk ids of map nodes that can not be read, and why."""
+    strays: list[str] = field(default_factory=list)
+    """Objects where ours lie, with names that none of ours has."""
 
     @property
     def complete(self) -> bool:
@@ -216,7 +218,9 @@ class _Walker:
 
     async def catalogs(self) -> None:
         """The retained catalogs, newest first, so that only the newest gives paths; older ones mostly share its pages."""
-        infos = [info for info in await self._client.list(CATALOG_PREFIX) if counter_of(info.name) is not None]
+        listed = await self._client.list(CATALOG_PREFIX)
+        infos = [info for info in listed if counter_of(info.name) is not None]
+        self._found.strays += [info.name for info in listed if counter_of(info.name) is None]
         kept: list[ObjectInfo] = []
         for number, info in enumerate(infos):
             superseded_s = infos[number - 1].modified_s if number else float("inf")
@@ -365,7 +369,8 @@ class _Walker:
             page = await self._client.list(prefix, after=after, limit=LIST_PAGE)
             for info in page:
                 if _group_id(info.name) is None or counter_of(info.name) is None:
-                    continue  # not ours: `fsck` names it
+                    self._found.strays.append(info.name)
+                    continue
                 if group and _group_id(group[0].name) != _group_id(info.name):
                     yield _group_id(group[0].name) or b"", group
                     group = []

@@ -19,7 +19,25 @@ from typing import Final
 import click
 
 import novafs
-from novafs.cli import clone, common, export, import_, info, init, ls, mount, rm, rollback, snapshot, snapshots, stats, umount
+from novafs.cli import (
+    clone,
+    common,
+    export,
+    fsck,
+    gc,
+    import_,
+    info,
+    init,
+    lease,
+    ls,
+    mount,
+    rm,
+    rollback,
+    snapshot,
+    snapshots,
+    stats,
+    umount,
+)
 from novafs.errors import BugError, ConfigError, InvalidNameError, NovaError
 
 INTERRUPTED: Final = 130
@@ -49,6 +67,9 @@ for _command in (
     snapshot.snapshot,
     snapshots.snapshots,
     rollback.rollback,
+    gc.gc,
+    fsck.fsck,
+    lease.lease,
     stats.stats,
 ):
     group.add_command(_command)

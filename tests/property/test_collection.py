@@ -23,7 +23,7 @@ from novafs.gc import GcReport, collect
 from novafs.image import Image
 from novafs.snapshots import clone, delete_snapshot, take_snapshot
 from novafs.volume import Volume
-from tests.support.hosts import CHUNK, Kill, World, pattern
+from tests.support.hosts import CHUNK, Kill, Pause, Sleeper, World, pattern
 from tests.support.portal import Portal
 
 GRACE_S = 3600.0
@@ -46,38 +46,12 @@ def plain(content: Content) -> bytes:
     return b"".join(pattern(content[i]) if i in content else bytes(CHUNK) for i in range(size))
 
 
-class Pause:
-    """A hook that holds a host's store calls from the first one on whose name starts with `prefix`."""
-
-    def __init__(self, operation: str, prefix: str) -> None:
-        self._operation, self._prefix = operation, prefix
-        self._open = threading.Event()
-        self.reached = threading.Event()
-
-    def __call__(self, operation: str, name: str) -> None:
-        if self.reached.is_set() or (operation == self._operation and name.startswith(self._prefix)):
-            self.reached.set()
-            assert self._open.wait(60), "nobody woke it"
-
-    def wake(self) -> None:
-        self._open.set()
-
-
-class Sleeper:
+class Commit(Sleeper):
     """A commit that is asleep somewhere in its middle."""
 
-    def __init__(self, host: str, name: str, content: Content, pause: Pause) -> None:
-        self.host, self.name, self.content, self.pause = host, name, content, pause
-        self.done = trio.Event()
-        self.error: BaseException | None = None
-
-    async def commit(self, volume: Volume, image: Image) -> None:
-        try:
-            await volume.close_image(image)
-        except BaseException as error:
-            self.error = error
-        finally:
-            self.done.set()
+    def __init__(self, pause: Pause, name: str, content: Content) -> None:
+        super().__init__(pause)
+        self.name, self.content = name, content
 
 
 class Handle:
@@ -102,7 +76,7 @@ class CollectionMachine(RuleBasedStateMachine):
         self.hosts: dict[str, Volume] = {}
         self.images: dict[str, Content] = {}
         self.snapshots: dict[tuple[str, str], Content] = {}
-        self.sleepers: dict[str, Sleeper] = {}
+        self.sleepers: dict[str, Commit] = {}
         self.handles: list[Handle] = []
 
     @initialize()
@@ -121,6 +95,7 @@ class CollectionMachine(RuleBasedStateMachine):
         return all(sleeper.name != name for sleeper in self.sleepers.values())
 
     async def _opened(self, volume: Volume, name: str) -> Image:
+        await volume.catalog.refresh()
         if name not in self.images:
             entry = await volume.create(ROOT_ID, name)
         else:
@@ -163,15 +138,14 @@ class CollectionMachine(RuleBasedStateMachine):
             return
         pause = Pause(*where)
 
-        async def work() -> Sleeper:
+        async def work() -> Commit:
             volume = self.hosts[host]
             image = await self._opened(volume, name)
             await self._write(image, writes)
-            sleeper = Sleeper(host, name, self._written(name, writes), pause)
+            sleeper = Commit(pause, name, self._written(name, writes))
             self.world.stores[host].hook = pause
-            self.portal._nursery.start_soon(sleeper.commit, volume, image)
-            while not pause.reached.is_set() and not sleeper.done.is_set():
-                await trio.sleep(0.002)
+            self.portal._nursery.start_soon(sleeper.run, lambda: volume.close_image(image))
+            await sleeper.wait_asleep()
             return sleeper
 
         sleeper = self.portal.run(work)

@@ -217,7 +217,9 @@ class DiskModel:
 
         return self._state(dict(self._names), names, content)
 
-    def _state(self, names: dict[str, int], changes: list[tuple[tuple[str, int | None], ...]], content: Callable[[_File], bytes]) -> DiskState:
+    def _state(
+        self, names: dict[str, int], changes: list[tuple[tuple[str, int | None], ...]], content: Callable[[_File], bytes]
+    ) -> DiskState:
         for change in changes:
             _rename(names, change)
         state = DiskState()
@@ -260,9 +262,10 @@ def _torn(file: _File, rng: random.Random, *, garbage: bool) -> bytes:
     size = rng.choice([len(content), max(len(content), *(offset + len(data) for offset, data in writes))])
     content.extend(bytes(size - len(content)))
     unit = BLOCK if garbage else SECTOR
-    touched = sorted({at // unit for offset, data in writes for at in range(offset, offset + len(data), unit)} | {
-        (offset + len(data) - 1) // unit for offset, data in writes if data
-    })
+    touched = sorted(
+        {at // unit for offset, data in writes for at in range(offset, offset + len(data), unit)}
+        | {(offset + len(data) - 1) // unit for offset, data in writes if data}
+    )
     if len(touched) > 64:  # the zeros of a new segment: a run of them shares its fate
         cut = rng.choice(touched)
         keep = rng.choice([True, False])

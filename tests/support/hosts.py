@@ -15,11 +15,13 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+import trio
 
 import novafs.revisions
 from novafs.config import load_config
@@ -33,6 +35,8 @@ from novafs.volume import Volume, init_volume, open_volume
 
 FLAGS = {"l2.url": "none", "l1.capacity": "64MiB", "gc.grace": "1h", "l3.capacity": "64MiB", "writeback.interval": "1h"}
 CHUNK = 4096
+WAIT_S = 60
+"""Bounds a hang where a test forgot to wake somebody."""
 
 
 class AgedStore(FileStore):
@@ -98,6 +102,54 @@ class Kill:
                 raise StoreDeniedError(f"killed before {operation} {name}")
 
 
+class Pause:
+    """A hook that holds a host's calls from the first `operation` on a name that starts with `prefix`, until `wake`."""
+
+    def __init__(self, operation: str, prefix: str) -> None:
+        self._operation, self._prefix = operation, prefix
+        self._open = threading.Event()
+        self.reached = threading.Event()
+
+    def __call__(self, operation: str, name: str) -> None:
+        if self.reached.is_set() or (operation == self._operation and name.startswith(self._prefix)):
+            self.reached.set()
+            assert self._open.wait(WAIT_S), "nobody woke it"
+
+    def wake(self) -> None:
+        """Let it go on."""
+        self._open.set()
+
+
+class Sleeper:
+    """Work of a host that falls asleep at a store call:
+
+    async with world.asleep("a", "create", "images/", work) as sleeper:
+        …                       # `work` is under way, and stopped
+    sleeper.error               # what it raised, once the block was left
+    """
+
+    def __init__(self, pause: Pause) -> None:
+        self.pause = pause
+        self.done = trio.Event()
+        self.error: BaseException | None = None
+        self.result: Any = None
+
+    async def run(self, work: Callable[[], Awaitable[Any]]) -> None:
+        """The work itself."""
+        try:
+            self.result = await work()
+        except Exception as error:
+            self.error = error
+        finally:
+            self.done.set()
+
+    async def wait_asleep(self) -> bool:
+        """Whether it stopped; False where it was done without coming by."""
+        while not self.pause.reached.is_set() and not self.done.is_set():
+            await trio.sleep(0.002)
+        return self.pause.reached.is_set()
+
+
 class World:
     """The store, the clock, and the hosts."""
 
@@ -146,6 +198,22 @@ class World:
                 yield volume
         finally:
             lock.release()
+
+    @asynccontextmanager
+    async def asleep(self, host: str, operation: str, prefix: str, work: Callable[[], Awaitable[Any]]) -> AsyncIterator[Sleeper]:
+        """Start `work`, stop it at a call of that host's store, and wake it at the end of the block, where it is waited for."""
+        sleeper = Sleeper(Pause(operation, prefix))
+        store = self.stores[host]
+        async with trio.open_nursery() as nursery:
+            store.hook = sleeper.pause
+            nursery.start_soon(sleeper.run, work)
+            try:
+                assert await sleeper.wait_asleep(), f"it was done ({sleeper.error!r}) without a {operation} of {prefix}"
+                yield sleeper
+            finally:
+                store.hook = lambda operation, name: None
+                sleeper.pause.wake()
+                await sleeper.done.wait()
 
     def names(self, prefix: str = "") -> list[str]:
         """Objects in the store."""

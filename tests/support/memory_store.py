@@ -2,7 +2,7 @@
 
 Every call that changes it is told to `record` when it takes effect. `fault` may raise before a call takes effect
 ("before") or after it did ("after": the answer is lost). `late` are calls of a host that has died, on their way still:
-each takes effect after so many more requests.
+each takes effect after so many more requests, or (0) just before somebody else creates the same name.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ class MemoryStore(ObjectStore):
 
     def _enter(self, operation: str, name: str) -> None:
         self.requests += 1
-        due, self.late = [c for n, c in self.late if n <= self.requests], [(n, c) for n, c in self.late if n > self.requests]
-        for change in due:
+        due = [(n, c) for n, c in self.late if 0 < n <= self.requests or (not n and (operation, name) == c[:2])]
+        self.late = [entry for entry in self.late if entry not in due]
+        for _, change in due:
             self.apply(change)
         self.fault("before", operation, name)
 

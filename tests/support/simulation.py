@@ -39,13 +39,17 @@ RUN_S_MAX = 3600.0
 """Virtual seconds after which a run is taken to hang."""
 
 
+class HostDied(BaseException):
+    """The host of the current task was killed."""
+
+
 class Host:
     """A machine: what runs in `running()` is on it. rate: seconds of its boot clock in one second of virtual time."""
 
     def __init__(self, name: str, rate: float = 1.0) -> None:
         self.name = name
         self.rate = rate
-        self.latency_factor = 1.0
+        self.dead = False
         self._awake = trio.Event()
         self._awake.set()
 
@@ -67,10 +71,22 @@ class Host:
         """SIGCONT."""
         self._awake.set()
 
+    @property
+    def awake(self) -> bool:
+        """Whether it runs now."""
+        return self._awake.is_set() and not self.dead
+
+    def die(self) -> None:
+        """SIGKILL: no call is made any more, and no answer comes; tasks that ask for one get HostDied."""
+        self.dead = True
+        self._awake.set()
+
     async def wait_awake(self) -> None:
-        """Return at once unless it is paused."""
+        """Return at once unless it is paused. Raises HostDied."""
         while not self._awake.is_set():
             await self._awake.wait()
+        if self.dead:
+            raise HostDied
 
 
 _host: ContextVar[Host | None] = ContextVar("host", default=None)
@@ -165,8 +181,7 @@ class Simulation:
         if chosen < 0.4:
             await trio.lowlevel.checkpoint()
             return
-        longest = self.pause_s * (host.latency_factor if host is not None else 1.0)
-        await trio.sleep(longest * self.rng.random() * (1 if chosen < 0.95 else 10))
+        await trio.sleep(self.pause_s * self.rng.random() * (1 if chosen < 0.95 else 10))
         if host is not None:
             await host.wait_awake()
 
