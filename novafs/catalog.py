@@ -31,6 +31,7 @@ from novafs.errors import (
     NotEmptyError,
     NotFoundError,
     NovaError,
+    ObjectCorruptError,
     UserError,
 )
 from novafs.generation import HOST
@@ -45,6 +46,10 @@ VERSION: Final = 1
 PREFIX: Final = "catalog/"
 REFRESH_S: Final = 1.0
 """How old a look at the head may be when a name is looked up (design 5.5: at most one second)."""
+
+
+MOVES_MAX: Final = 8
+"""How often a node is looked for again in one call because other hosts have moved it."""
 
 
 class CatalogRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -160,19 +165,29 @@ class Catalog:
 
     async def get(self, node_id: bytes) -> Entry:
         """The entry of a node that was seen before. Raises NotFoundError where it is gone."""
-        if node_id == ROOT_ID:
-            return self.root
-        place = self._places.get(node_id)
-        if place is not None:
-            entry = (await self._directory(place[0])).entries.get(place[1])
-            if entry is not None and entry.node_id == node_id:
+        for _ in range(MOVES_MAX):
+            entry, way = self.root, self._way_to(node_id)
+            for below, place in way:
+                found = (await self._loaded(entry)).entries.get(place[1]) if entry.kind is Kind.DIRECTORY else None
+                if found is None or found.node_id != below:
+                    if self._way_to(node_id) == way:
+                        raise NotFoundError(f"node {node_id.hex()}: removed, or moved by another host")
+                    break  # loading a directory on the way has found it in another place
+                entry = found
+            else:
                 return entry
-            place = self._places.get(node_id)  # loading the directory may have found it under another name
-            if place is not None:
-                entry = (await self._directory(place[0])).entries.get(place[1])
-                if entry is not None and entry.node_id == node_id:
-                    return entry
-        raise NotFoundError(f"node {node_id.hex()}: removed, or moved by another host")
+        raise NotFoundError(f"node {node_id.hex()}: other hosts move it all the time")
+
+    def _way_to(self, node_id: bytes) -> builtins.list[tuple[bytes, tuple[bytes, str]]]:
+        """The nodes on the way from the root, each with its place. Never recursive: directories may lie as deep as anybody likes."""
+        way: dict[bytes, tuple[bytes, str]] = {}
+        while node_id != ROOT_ID:
+            place = self._places.get(node_id)
+            if place is None or node_id in way:
+                raise NotFoundError(f"node {node_id.hex()}: removed, or moved by another host")
+            way[node_id] = place
+            node_id = place[0]
+        return builtins.list(reversed(way.items()))
 
     async def list(self, node_id: bytes, *, max_age_s: float = REFRESH_S) -> list[Entry]:
         """A directory's entries, sorted by name. Raises NotFoundError, NotDirectoryError."""
@@ -182,11 +197,15 @@ class Catalog:
 
     async def walk(self, node_id: bytes = ROOT_ID) -> AsyncIterator[Entry]:
         """Every entry below a directory, parents first."""
-        for entry in await self.list(node_id):
+        left = [iter(await self.list(node_id))]
+        while left:
+            entry = next(left[-1], None)
+            if entry is None:
+                left.pop()
+                continue
             yield entry
             if entry.kind is Kind.DIRECTORY:
-                async for below in self.walk(entry.node_id):
-                    yield below
+                left.append(iter(await self.list(entry.node_id)))
 
     def path_of(self, entry: Entry) -> str:
         """The path of an entry inside the volume, for people; as far as this host has seen the directories above."""
@@ -204,6 +223,10 @@ class Catalog:
         entry = await self.get(node_id)
         if entry.kind is not Kind.DIRECTORY:
             raise NotDirectoryError(f"{self.path_of(entry)}: is an image, not a directory")
+        return await self._loaded(entry)
+
+    async def _loaded(self, entry: Entry) -> _Directory:
+        node_id = entry.node_id
         known = self._directories.get(node_id)
         if known is not None and (known.content is entry.content or known.content == entry.content):
             return known
@@ -234,8 +257,15 @@ class Catalog:
             entries = self._own(tree.decode_entries(data, where), entry.node_id)
         return _Directory(content, {e.name: e for e in entries}, pages)
 
-    @staticmethod
-    def _own(entries: builtins.list[Entry], parent_id: bytes) -> builtins.list[Entry]:
+    def _own(self, entries: builtins.list[Entry], parent_id: bytes) -> builtins.list[Entry]:
+        above, place = {ROOT_ID, parent_id}, self._places.get(parent_id)
+        while place is not None and place[0] not in above:
+            above.add(place[0])
+            place = self._places.get(place[0])
+        for entry in entries:
+            tree.check_entry(entry, self.path_of_id(parent_id) or "/")
+            if entry.node_id in above:
+                raise ObjectCorruptError(f"{self.path_of_id(parent_id) or '/'}: holds a directory that it lies in; run 'novafs fsck'")
         if parent_id == ROOT_ID:
             return entries
         return [msgspec.structs.replace(e, parent_id=parent_id) for e in entries]
@@ -546,11 +576,8 @@ class Changes:
         pending = dict.fromkeys(self._entries)
         depths: dict[bytes, int] = {}
         for node_id in list(pending):
-            depth = await self._depth(node_id)
-            if depth is None:
+            if not await self._find_depth(node_id, depths):
                 del pending[node_id]  # removed again, with all that is in it
-            else:
-                depths[node_id] = depth
         while pending:
             node_id = max(pending, key=depths.__getitem__)
             del pending[node_id]
@@ -568,15 +595,19 @@ class Changes:
             self._root = msgspec.structs.replace(self._root, content=stored.content)
         return self._root
 
-    async def _depth(self, node_id: bytes) -> int | None:
-        depth = 0
+    async def _find_depth(self, node_id: bytes, depths: dict[bytes, int]) -> bool:
+        """Add the depth of a node, and of all above it, to `depths`; False where it is not there any more."""
+        way: list[bytes] = []
         try:
-            while node_id != ROOT_ID:
+            while node_id != ROOT_ID and node_id not in depths:
+                way.append(node_id)
                 node_id = (await self.get(node_id)).parent_id
-                depth += 1
         except (NotFoundError, KeyError):
-            return None
-        return depth
+            return False
+        depth = depths.setdefault(node_id, 0)
+        for at, below in enumerate(reversed(way), 1):
+            depths[below] = depth + at
+        return True
 
     async def _store_directory(self, node_id: bytes, writer: PackWriter, inline_max: int) -> _Directory:
         by_name = self._entries[node_id]

@@ -144,6 +144,19 @@ def decode_entries(data: bytes, where: str) -> list[Entry]:
         raise ObjectCorruptError(f"{where}: a page of the directory does not parse ({error}); run 'novafs fsck'") from error
 
 
+def check_entry(entry: Entry, where: str) -> None:
+    """Raise ObjectCorruptError for an entry that no NovaFS writes: a name that is none would hide its directory from the kernel."""
+    try:
+        check_name(entry.name)
+    except InvalidNameError as error:
+        raise ObjectCorruptError(f"{where}: holds an entry that no NovaFS writes ({error}); run 'novafs fsck'") from error
+    numbers = (entry.mode, entry.uid, entry.gid, entry.size, entry.stored_bytes)
+    sound = entry.kind is not Kind.SNAPSHOT and len(entry.node_id) == len(ROOT_ID) and min(numbers) >= 0
+    sound = sound and entry.mode <= 0o7777 and max(entry.uid, entry.gid) < 1 << 32 and max(numbers) < 1 << 63
+    if not sound or max(map(abs, (entry.atime_ns, entry.mtime_ns, entry.ctime_ns))) >= 1 << 63:
+        raise ObjectCorruptError(f"{where}: entry {entry.name!a} holds what no NovaFS writes; run 'novafs fsck'")
+
+
 def encode_index(rows: Sequence[PageRow]) -> bytes:
     """An index blob. Raises TooLargeError where nobody could read it back."""
     return _readable(msgspec.msgpack.encode(rows), rows[0].first)

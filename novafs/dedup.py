@@ -64,16 +64,23 @@ class DedupIndex:
         self._connection = self._open()
 
     def _open(self) -> sqlite3.Connection:
+        """The index; an empty one in its place where it is damaged, one in memory where the disk is full or it is locked."""
         try:
-            return self._connect()
-        except sqlite3.DatabaseError as error:
-            log.warning("dedup index %s is damaged (%s): starting an empty one; it fills again by itself", self._path, error)
-            for suffix in ("", "-wal", "-shm"):
-                Path(f"{self._path}{suffix}").unlink(missing_ok=True)
-            return self._connect()
+            try:
+                return self._connect(self._path)
+            except sqlite3.OperationalError:
+                raise
+            except sqlite3.DatabaseError as error:
+                log.warning("dedup index %s is damaged (%s): starting an empty one; it fills again by itself", self._path, error)
+                for suffix in ("", "-wal", "-shm"):
+                    Path(f"{self._path}{suffix}").unlink(missing_ok=True)
+                return self._connect(self._path)
+        except (sqlite3.Error, OSError) as error:
+            log.warning("dedup index %s can not be used (%s): one in memory serves until the next start", self._path, error)
+            return self._connect(":memory:")
 
-    def _connect(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self._path, timeout=30, check_same_thread=False, isolation_level=None)
+    def _connect(self, path: Path | str) -> sqlite3.Connection:
+        connection = sqlite3.connect(path, timeout=30, check_same_thread=False, isolation_level=None)
         try:
             # The index can be rebuilt, so it never waits for the disk.
             connection.execute("PRAGMA synchronous = OFF")
@@ -182,13 +189,13 @@ class Deduplicator:
 
     async def find(self, chunk_ids: Sequence[bytes]) -> dict[bytes, Reference]:
         """References, each checked, for those of the chunks that are stored and may be referred to."""
-        if not chunk_ids or not self.enabled:
-            return {}
-        candidates = await trio.to_thread.run_sync(self.index.lookup, chunk_ids, limiter=self._limiter)
-        if not candidates:
+        if not chunk_ids:
             return {}
         # The list first: a pack that is condemned after this look is deleted a whole grace after it.
         await self.condemned.refresh()
+        if not self.enabled:
+            return {}
+        candidates = await trio.to_thread.run_sync(self.index.lookup, chunk_ids, limiter=self._limiter)
         return await self.check({c: r for c, r in candidates.items() if not self.condemned.forbids(r)})
 
     async def lost(self, pack_ids: Collection[bytes]) -> list[PackId]:

@@ -137,6 +137,7 @@ async def _note_damage(volume: Volume, scrubbed: ScrubResult) -> None:
         await trio.to_thread.run_sync(volume.dedup.index.forget, found, pack_id)
     if not volume.read_only:
         await mark_damaged(volume.client, [(r.pack_id, r.chunk_id) for r in damaged], grace_s=volume.grace_s)
+        await volume.dedup.condemned.refresh(0)
 
 
 class _Examination:

@@ -307,6 +307,10 @@ class Image(ImageReader):
             head = await self._chain.head(self._head)
             if head is None:
                 raise StaleError(f"{self.name}: the image was removed from the store")
+            if head.record.epoch > lease.epoch:
+                # Even where it is known here: a refresh may have adopted it while this lease was on its way.
+                lease.lost = True
+                raise StaleError(f"{self.name}: another host took the lease over before it was used here; close and reopen it")
             if head.record.counter != self.generation:
                 if not self._is_own_fence(head.record) and not (replaying and head.record.journal_id == journal_id):
                     raise StaleError(f"{self.name}: another host wrote the image since it was opened; close and reopen it")

@@ -425,7 +425,8 @@ class _Walker:
             try:
                 return await generation_chain(self._client, root.image_id).read(counter)
             except (CorruptionError, ObjectNotFoundError) as error:
-                self._problem("generation", f"{root.path or root.image_id.hex()} generation {counter}", error)
+                where = root.path or f"image {root.image_id.hex()}"
+                self._problem("generation", where, f"{where}: generation {counter} can not be read: {error}")
                 return None
 
         async with aclosing(self._read_many(wanted, read)) as generations:
@@ -442,7 +443,8 @@ class _Walker:
         try:
             state = generation.map_state(self._volume.chunk_size)
         except CorruptionError as error:
-            self._problem("generation", f"{root.path or root.image_id.hex()} generation {generation.counter}", error)
+            where = root.path or f"image {root.image_id.hex()}"
+            self._problem("generation", where, f"{where}: generation {generation.counter} can not be read: {error}")
             return
         weight = int(newest and root.visible) + list(root.snapshots.values()).count(generation.counter)
         await self._feed(state.levels, np.frombuffer(state.top, dtype=REFERENCE_DTYPE), None, weight)

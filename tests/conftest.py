@@ -11,11 +11,17 @@ import shutil
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.support.ceph import missing_tools
 
 # Every module of fixtures in tests/support, so that a new one need not be told here.
 pytest_plugins = sorted(f"tests.support.{path.stem}" for path in (Path(__file__).parent / "support").glob("*fixtures.py"))
+
+# CI judges a change by the same examples each time; everybody else, and a torture run, looks for new ones.
+settings.register_profile("ci", derandomize=True, print_blob=True)
+if os.environ.get("CI") == "true" and not os.environ.get("NOVAFS_TEST_TORTURE"):
+    settings.load_profile("ci")
 
 REDIS_SERVERS = ("redis-server", "valkey-server")
 

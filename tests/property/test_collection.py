@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-import threading
 from contextlib import ExitStack
 from pathlib import Path
 
 import hypothesis.strategies as st
-import trio
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -54,6 +52,18 @@ class Commit(Sleeper):
         self.name, self.content = name, content
 
 
+class PauseAtCall(Pause):
+    """Holds a host's calls from the `calls`-th on."""
+
+    def __init__(self, calls: int) -> None:
+        super().__init__("", "")
+        self._left = calls
+
+    def __call__(self, operation: str, name: str) -> None:
+        self._left -= 1
+        super().__call__("" if self._left <= 0 else operation, name)
+
+
 class Handle:
     """An image that the reader has open, what it must show, and the longest time that the reader did not pin it."""
 
@@ -78,6 +88,7 @@ class CollectionMachine(RuleBasedStateMachine):
         self.snapshots: dict[tuple[str, str], Content] = {}
         self.sleepers: dict[str, Commit] = {}
         self.handles: list[Handle] = []
+        self.collector: Sleeper | None = None
 
     @initialize()
     def open(self) -> None:
@@ -266,6 +277,8 @@ class CollectionMachine(RuleBasedStateMachine):
 
     @rule(everything=st.booleans(), calls=st.integers(1, 80))
     def collect_and_be_killed(self, everything: bool, calls: int) -> None:
+        if self.collector is not None:
+            return
         self.world.stores["c"].hook = Kill(calls)
         try:
             self._collect("c", everything)
@@ -274,39 +287,53 @@ class CollectionMachine(RuleBasedStateMachine):
         finally:
             self.world.stores["c"].hook = lambda operation, name: None
 
-    @rule(first=st.booleans(), calls=st.integers(1, 60), seconds=SLEEPS)
-    def collect_twice_at_once(self, first: bool, calls: int, seconds: float) -> None:
-        """The one stops in its middle, the other runs, time passes, the first goes on."""
-        stopped, go = threading.Event(), threading.Event()
-        left = [calls]
+    @rule(everything=st.booleans(), calls=st.integers(1, 60))
+    def collector_falls_asleep(self, everything: bool, calls: int) -> None:
+        """In the middle of a collection; meanwhile the auditor collects where it is asked to."""
+        if self.collector is not None:
+            return
+        sleeper = Sleeper(PauseAtCall(calls))
 
-        def hook(operation: str, name: str) -> None:
-            left[0] -= 1
-            if left[0] == 0:
-                stopped.set()
-                assert go.wait(60)
+        async def work() -> None:
+            self.world.stores["c"].hook = sleeper.pause
+            self.portal._nursery.start_soon(sleeper.run, lambda: collect(self.hosts["c"], everything=everything))
+            await sleeper.wait_asleep()
 
-        self.world.stores["c"].hook = hook
-        results: list[GcReport] = []
+        self.portal.run(work)
+        self.collector = sleeper
+        if sleeper.done.is_set():
+            self.collector_wakes()
 
-        async def one() -> None:
-            results.append(await collect(self.hosts["c"], everything=True))
-            stopped.set()
-
-        async def both() -> None:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(one)
-                await trio.to_thread.run_sync(stopped.wait)
-                if first:
-                    await collect(self.hosts["auditor"], everything=True)
-                self.world.sleep(seconds)
-                await collect(self.hosts["auditor"], everything=True)
-                go.set()
-
-        self.portal.run(both)
+    @precondition(lambda self: self.collector is not None)
+    @rule()
+    def collector_wakes(self) -> None:
+        sleeper, self.collector = self.collector, None
+        assert sleeper is not None
         self.world.stores["c"].hook = lambda operation, name: None
+        sleeper.pause.wake()
+        self.portal.run(sleeper.done.wait)
+        assert sleeper.error is None, sleeper.error
+
+    @rule(host=WRITERS, writes=WRITES)
+    def leave_garbage(self, host: str, writes: list[tuple[int, int, int]]) -> None:
+        """A dead pack that is not condemned, for dedup to find."""
+        if not self.awake(host):
+            return
+
+        async def work() -> None:
+            volume = self.hosts[host]
+            image = await volume.open_image((await volume.create(ROOT_ID, "garbage")).node_id)
+            await self._write(image, writes)
+            await volume.close_image(image)
+            await volume.unlink(ROOT_ID, "garbage")
+
+        self.portal.run(work)
+        self.sleep(2 * GRACE_S, reader_too=False)
+        self.collect(everything=False)
 
     def _collect(self, host: str, everything: bool) -> GcReport:
+        if host == "c" and self.collector is not None:
+            host = "auditor"
         report = self.portal.run(lambda: collect(self.hosts[host], everything=everything))
         assert report.complete, report.problems
         assert not report.problems
@@ -340,6 +367,8 @@ class CollectionMachine(RuleBasedStateMachine):
             if self.hosts:
                 for host in ("a", "b"):
                     self.wake(host)
+                if self.collector is not None:
+                    self.collector_wakes()
                 while self.handles:
                     self.read_handle(keep=False)
                 self._pin()

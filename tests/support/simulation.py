@@ -50,6 +50,8 @@ class Host:
         self.name = name
         self.rate = rate
         self.dead = False
+        self.cut_off = False
+        """For scripts of faults: whether its requests get through."""
         self._awake = trio.Event()
         self._awake.set()
 
@@ -92,6 +94,11 @@ class Host:
 _host: ContextVar[Host | None] = ContextVar("host", default=None)
 
 
+def current_host() -> Host | None:
+    """The host that the current task belongs to."""
+    return _host.get()
+
+
 class Simulation:
     """See the module. `rng` is the seed's; whatever a test decides at random comes from it.
 
@@ -132,14 +139,17 @@ class Simulation:
         self._restore.append(lambda: setattr(owner, name, before))
         setattr(owner, name, value)
 
+    def now_s(self) -> float:
+        """Virtual seconds since the start, over all runs."""
+        try:
+            return self._elapsed_s + trio.current_time()
+        except RuntimeError:
+            return self._elapsed_s
+
     def boot_time_s(self) -> float:
         """What the boot clock of the current host says."""
-        try:
-            now = trio.current_time()
-        except RuntimeError:
-            now = 0.0
         host = _host.get()
-        return EPOCH_S + (self._elapsed_s + now) * (host.rate if host is not None else 1.0)
+        return EPOCH_S + self.now_s() * (host.rate if host is not None else 1.0)
 
     def run(self, main: Callable[..., Awaitable[T]], *arguments: Any) -> T:
         """`trio.run` in virtual time, which starts at 0 each time for trio, and goes on for boot clocks."""

@@ -231,7 +231,7 @@ def test_a_handle_that_was_opened_before_a_compaction_goes_on_reading(tmp_path: 
                 await write_image(a, "disk", content)
                 content.update({i: pattern(1000 + i) for i in range(400)})
                 await write_image(a, "disk", {i: content[i] for i in range(400)})
-                entry = await b.catalog.resolve("disk")
+                entry = await b.catalog.resolve("disk", max_age_s=0)
                 image = await b.open_image(entry.node_id)
                 assert await image.read(0, CHUNK) == content[0]  # the map is loaded, the rest is not
                 for _ in range(2):

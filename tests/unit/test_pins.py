@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import trio
 
 from novafs.errors import ObjectCorruptError, StoreDeniedError
 from novafs.pins import INTERVAL_S_MAX, Pins, pin_name, read_pin
@@ -98,6 +99,7 @@ def test_the_background_renews_it(tmp_path: Path) -> None:
                 image = await volume.open_image(node_id)
                 nonces = set()
                 while len(nonces) < 3:
+                    await trio.sleep(0)
                     for name in world.names("pins/"):
                         nonces.add((await read_pin(volume.client, name)).nonce)
                 await volume.close_image(image)
