@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -100,7 +101,8 @@ class World:
             self.simulation.run(self._check)
 
     def _config(self, root: Path) -> Config:
-        flags = {"durability": "store" if self.rules == "store" else "journal", "lease.takeover": "auto" if self.rules == "auto" else "manual"}
+        takeover = "auto" if self.rules == "auto" else "manual"
+        flags = {"durability": "store" if self.rules == "store" else "journal", "lease.takeover": takeover}
         flags |= {"lease.ttl": f"{TTL_S}s", "lease.wait": "0.5s", "store.io_timeout": "2s", "writeback.interval": "0.7s"}
         return config_for(root / "state", **flags)
 
@@ -315,7 +317,7 @@ class World:
     @staticmethod
     def _check_chain(generations: list[Generation]) -> None:
         journals: dict[int, bytes] = {}
-        for older, newer in zip(generations, generations[1:], strict=False):
+        for older, newer in itertools.pairwise(generations):
             assert newer.predecessor == older.nonce, f"generation {newer.counter} does not follow the one before it"
             assert newer.epoch >= older.epoch, f"generation {newer.counter} of epoch {newer.epoch} follows one of epoch {older.epoch}"
             assert journals.setdefault(newer.epoch, newer.journal_id) == newer.journal_id
