@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 import secrets
 import time
 from collections import OrderedDict
@@ -106,11 +107,11 @@ class VolumeUsage:
 
 
 async def init_volume(client: StoreClient, *, chunk_size: int = CHUNK_SIZE_DEFAULT) -> Superblock:
-    """Make an empty volume. Raises VolumeExistsError, ConfigError (a store without create-only writes)."""
+    """Make an empty volume, its root directory the caller's. Raises VolumeExistsError, ConfigError (a store without create-only writes)."""
     await check_create_only(client)
     # The catalog first: a superblock without one would look like a volume that lost its names. A catalog that an
     # interrupted `init` left is as empty as the one this would make.
-    record = CatalogRecord(counter=0, nonce=new_nonce(), root=root_entry(), written_ns=time.time_ns())
+    record = CatalogRecord(counter=0, nonce=new_nonce(), root=root_entry(uid=os.getuid(), gid=os.getgid()), written_ns=time.time_ns())
     chain = catalog_chain(client)
     if await chain.head_counter() is None:
         try:

@@ -153,7 +153,7 @@ async def _place(volume: Volume, request: Request) -> tuple[bytes, str]:
             path = "/".join(directories[: number + 1])
             if not request.parents:
                 raise NotFoundError(f"{path}: no such directory in the volume; add --parents to make it") from error
-            parent = await volume.mkdir(parent.node_id, directory)
+            parent = await volume.mkdir(parent.node_id, directory, uid=os.getuid(), gid=os.getgid())
     if parent.kind is not Kind.DIRECTORY:
         raise NotDirectoryError(f"{'/'.join(directories)}: is an image, not a directory")
     try:
@@ -224,5 +224,14 @@ async def _store(volume: Volume, parent_id: bytes, name: str, source: Runs, size
     with common.progress_bar(f"importing {name}", size) as progress:
         async with aclosing(_checked(source, request)) as runs:
             return await import_stream(
-                volume, parent_id, name, runs, size=size, workers=request.workers, progress=progress, replace=request.replace
+                volume,
+                parent_id,
+                name,
+                runs,
+                size=size,
+                workers=request.workers,
+                progress=progress,
+                replace=request.replace,
+                uid=os.getuid(),
+                gid=os.getgid(),
             )
