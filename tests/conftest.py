@@ -14,6 +14,7 @@ import pytest
 from hypothesis import settings
 
 from tests.support.ceph import missing_tools
+from tests.support.traces import REASON, traces_folder
 
 # Every module of fixtures in tests/support, so that a new one need not be told here.
 pytest_plugins = sorted(f"tests.support.{path.stem}" for path in (Path(__file__).parent / "support").glob("*fixtures.py"))
@@ -49,8 +50,20 @@ def _missing_qemu() -> str:
 NEEDS = {"fuse": _missing_fuse, "redis": _missing_redis, "s3": _missing_ceph, "qemu": _missing_qemu}
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A marker of `NEEDS` skips its tests, with the reason, where what it needs is missing."""
+def pytest_report_header() -> list[str]:
+    return [] if traces_folder() is not None else [f"{REASON}: tests on them are left out"]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A marker of `NEEDS` skips its tests, with the reason, where what it needs is missing.
+
+    The recorded traces are data that nobody can install: without them their tests are deselected, and the header says so.
+    """
+    if traces_folder() is None:
+        left_out = [item for item in items if item.get_closest_marker("traces")]
+        if left_out:
+            config.hook.pytest_deselected(items=left_out)
+            items[:] = [item for item in items if item not in left_out]
     reasons = {marker: look() for marker, look in NEEDS.items()}
     for item in items:
         for marker, reason in reasons.items():

@@ -33,6 +33,7 @@ from novafs.cli import (
     mount,
     rm,
     rollback,
+    simulate,
     snapshot,
     snapshots,
     stats,
@@ -71,6 +72,7 @@ for _command in (
     fsck.fsck,
     lease.lease,
     stats.stats,
+    simulate.simulate,
 ):
     group.add_command(_command)
 

@@ -14,16 +14,53 @@ How a tier uses it, so that a policy may rely on it:
   when it returns, and may go on as a ghost inside the policy.
 - `prefetched` says that nobody has asked for the key yet; its first touch is the first use. A policy may hold such
   keys on probation.
+- `place` is where the content was last seen, `image << 40 | chunk index` as prefetch counts (`novafs.prefetch.base`), -1 where
+  nobody knows. What one place was asked for says something about its neighbours; a policy without a place for a key does without.
+- `set_capacity` is called once before the first `insert` and again when the capacity changes. A policy that was not told takes
+  what it holds when it is first asked for victims for its capacity.
+- `work` is called when there is time: learning is done there, a few milliseconds for each call, never inside the others.
 """
 
 from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Final
 
 from novafs.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """How well a learning policy does, as `novafs stats` and the metrics show it.
+
+    accuracy: share of judged predictions that were right about "is read again while it could be held"; None before any was judged.
+    calibration: (predicted, observed, predictions) of the chance to be read again, in ten steps of the prediction.
+    shadow_hit_rates: of each expert's shadow cache over the last while, by name.
+    cpu_s: processor seconds spent on learning and on shadow caches.
+    """
+
+    in_charge: str
+    predictions: int
+    judged: int
+    accuracy: float | None
+    calibration: tuple[tuple[float, float, int], ...]
+    shadow_hit_rates: dict[str, float]
+    switches: int
+    trainings: int
+    cpu_s: float
+    memory_bytes: int
+
+    def in_words(self) -> str:
+        """One sentence for a person."""
+        rates = ", ".join(f"{name} {rate:.3f}" for name, rate in sorted(self.shadow_hit_rates.items(), key=lambda item: -item[1]))
+        right = "none judged yet" if self.accuracy is None else f"{self.accuracy:.0%} of {self.judged:,} right"
+        return (
+            f"{self.in_charge} decides (changed {self.switches} times); predictions: {right}; "
+            f"hit rates of the shadows: {rates or 'none yet'}; learned {self.trainings} times, {self.cpu_s:.1f} s of processor time"
+        )
 
 
 class EvictionPolicy(ABC):
@@ -32,7 +69,7 @@ class EvictionPolicy(ABC):
     name: ClassVar[str]
 
     @abstractmethod
-    def insert(self, key: bytes, size: int, *, prefetched: bool = False) -> None:
+    def insert(self, key: bytes, size: int, *, prefetched: bool = False, place: int = -1) -> None:
         """`key` has come in; the caller has made sure that it was not there. Counts as an access unless prefetched."""
 
     @abstractmethod
@@ -58,6 +95,37 @@ class EvictionPolicy(ABC):
 
         The policy has forgotten them on return; the caller drops them.
         """
+
+    def adopt(self, key: bytes, size: int, accesses: int) -> None:
+        """`key`, which another policy held, is this one's now; `accesses` is how often it was asked for, 0 for never."""
+        self.insert(key, size, prefetched=accesses == 0)
+        for _ in range(min(accesses, 4) - 1):
+            self.touch(key)
+
+    def chances(self, keys: Sequence[bytes]) -> list[float | None]:
+        """Of each key the guessed chance that it is asked for again while the tier could hold it; None where nothing is known."""
+        return [None] * len(keys)
+
+    def set_capacity(self, capacity_bytes: int) -> None:  # noqa: B027 - most need none
+        """The tier's capacity. A policy that needs none takes no notice. Raises ConfigError for less than one byte."""
+
+    def set_clock(self, seconds: Callable[[], float]) -> None:  # noqa: B027 - most need none
+        """Where seconds are read from: a simulation's own, or the epoch's. Policies that count accesses take no notice."""
+
+    def work(self) -> bool:
+        """A few milliseconds of learning, for a moment in which nobody waits. Whether there is more to do at once."""
+        return False
+
+    def quality(self) -> Quality | None:
+        """How well it does; None for a policy that does not learn."""
+        return None
+
+    def save(self) -> bytes | None:
+        """What it has learned, for `load` in a later life; None where there is nothing. Knows no key."""
+        return None
+
+    def load(self, data: bytes, name: str) -> None:  # noqa: B027 - most learn nothing
+        """Begin with what `save` gave. Raises ObjectCorruptError or NewerFormatError, which name it, and goes on as it was."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -96,6 +164,12 @@ def make_policy(name: str) -> EvictionPolicy:
 
 def _load_builtin() -> None:
     # Here, not above: each policy's module imports this one.
+    from novafs.eviction.learned import LearnedPolicy
+    from novafs.eviction.linear8 import Linear8Policy
     from novafs.eviction.lru import LruPolicy
+    from novafs.eviction.s3fifo import S3FifoPolicy
+    from novafs.eviction.tinylfu import TinyLfuPolicy
+    from novafs.eviction.twoq import TwoQueuePolicy
 
-    _POLICIES.setdefault(LruPolicy.name, LruPolicy)
+    for policy in (LruPolicy, TwoQueuePolicy, TinyLfuPolicy, S3FifoPolicy, Linear8Policy, LearnedPolicy):
+        _POLICIES.setdefault(policy.name, policy)

@@ -20,7 +20,7 @@ class LruPolicy(EvictionPolicy):
     def __init__(self) -> None:
         self._sizes: OrderedDict[bytes, int] = OrderedDict()
 
-    def insert(self, key: bytes, size: int, *, prefetched: bool = False) -> None:  # noqa: ARG002 - no probation here
+    def insert(self, key: bytes, size: int, *, prefetched: bool = False, place: int = -1) -> None:  # noqa: ARG002 - no probation here
         self._sizes[key] = size
         self._sizes.move_to_end(key)
 
