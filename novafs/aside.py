@@ -84,7 +84,8 @@ def read_aside(path: Path) -> Segment:
 
 
 async def find_base(volume: Volume, image_id: bytes, journal_id: bytes, records: Sequence[Record]) -> Generation:
-    """The newest generation that the writes' own host made before them. Raises NotFoundError where it was collected."""
+    """The newest generation that the writes' own host made before them, or of what came before them in the journal. Raises
+    NotFoundError where it was collected."""
     chain = generation_chain(volume.client, image_id)
     base = await last_under(volume, chain, records[-1].epoch)
     if base is None or base.journal_id != journal_id:
@@ -92,7 +93,15 @@ async def find_base(volume: Volume, image_id: bytes, journal_id: bytes, records:
             f"image {image_id.hex()}: the generation that the writes were made on top of is not in the store any more; choose another "
             f"one to apply them to (--onto NUMBER; 'novafs info' shows the newest), if you know that they fit"
         )
-    return base
+    # A replay may have ended before them, at a hole in a damaged journal.
+    while True:
+        try:
+            newer = await chain.read(base.counter + 1)
+        except ObjectNotFoundError:
+            return base
+        if newer.journal_id != journal_id or newer.sequence >= records[0].sequence:
+            return base
+        base = newer
 
 
 async def apply_aside(

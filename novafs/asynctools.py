@@ -43,7 +43,8 @@ class GroupCommit(Generic[T]):
     """Runs `work(items)` for all callers that wait at that moment: one run at a time, the next takes what has come since.
 
     `work` gets the items in the order they came; when it returns, each caller gets its result, when it raises, each
-    caller of that run gets the error. A caller that is cancelled while its item waits takes the item back.
+    caller of that run gets the error. A caller that is cancelled while its item waits takes the item back. One that is cancelled
+    while it runs for others as well ends its run first: what was done halfway for them could not be done again.
     """
 
     def __init__(self, work: Callable[[list[T]], Awaitable[None]]) -> None:
@@ -66,11 +67,9 @@ class GroupCommit(Generic[T]):
             if not ticket.done:
                 batch, self._waiting = self._waiting, []
                 try:
-                    await self._work([waiting for waiting, _ in batch])
-                except trio.Cancelled:
-                    # Only this caller was cancelled: whoever gets the lock next runs for the others.
-                    self._waiting = [other for other in batch if other is not entry] + self._waiting
-                    raise
+                    # Bounded by the time-outs of what `work` waits for.
+                    with trio.CancelScope(shield=len(batch) > 1):
+                        await self._work([waiting for waiting, _ in batch])
                 except BaseException as error:
                     for _, other in batch:
                         other.done, other.error = True, error

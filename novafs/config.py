@@ -45,6 +45,7 @@ class L1Config:
     capacity_bytes: int
     codec: Codec
     decoded_share: float
+    policy: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +99,21 @@ class GcConfig:
     grace_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class PrefetchConfig:
+    """window: chunks; window_bytes: what it grows to. accuracy_target, aggression: 0 to 1.
+
+    traffic_max: a multiple of the traffic without prefetch.
+    """
+
+    enabled: bool
+    window: int
+    window_bytes: int
+    accuracy_target: float
+    aggression: float
+    traffic_max: float
+
+
 class Setting(NamedTuple):
     """One row of `Config.describe()`: key, value for people (redacted), and where it comes from."""
 
@@ -119,6 +135,7 @@ class Config:
     state_dir: Path
     durability: str
     dedup: bool
+    metrics: str
     l1: L1Config
     l2: L2Config
     l3: L3Config
@@ -126,6 +143,7 @@ class Config:
     writeback: WritebackConfig
     lease: LeaseConfig
     gc: GcConfig
+    prefetch: PrefetchConfig
     config_file: Path | None = None
     origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
@@ -396,6 +414,7 @@ def _build(values: Mapping[str, Any], **rest: Any) -> Config:
         writeback=WritebackConfig(**parts["writeback"]),
         lease=LeaseConfig(**parts["lease"]),
         gc=GcConfig(**parts["gc"]),
+        prefetch=PrefetchConfig(**parts["prefetch"]),
         **rest,
     )
 

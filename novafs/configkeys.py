@@ -174,6 +174,28 @@ class Integer(Kind):
 
 
 @dataclass(frozen=True)
+class Number(Kind):
+    """A number, as float."""
+
+    minimum: float
+    maximum: float
+    metavar = "N"
+    native = (int, float)
+
+    @property
+    def allowed(self) -> str:
+        return f"a number from {self.minimum:g} to {self.maximum:g}"
+
+    def read(self, text: str) -> float:
+        if not re.fullmatch(r"\s*-?[0-9]{1,18}(\.[0-9]{1,18})?\s*", text):
+            raise ConfigError(f"{text!r} is no number")
+        value = float(text)
+        if not self.minimum <= value <= self.maximum:
+            raise ConfigError(f"found {text!r}, out of range")
+        return value
+
+
+@dataclass(frozen=True)
 class Share(Kind):
     """A share of something, as float from 0 to 1."""
 
@@ -237,6 +259,7 @@ class Choice(Kind):
         return word
 
 
+POLICY_NAMES: Final = ("lru", "learned", "2q", "wtinylfu", "s3fifo", "linear8")
 CODEC_NAMES: Final = ("none", "gzip", "lz4", "snappy", "zstd")
 
 
@@ -313,6 +336,27 @@ class L2Url(Kind):
         if text not in ("none", "embedded"):
             parse_redis_url(text)
         return Secret(text)
+
+
+@dataclass(frozen=True)
+class MetricsAddress(Kind):
+    """Where metrics are served, as str: "off" or ADDRESS:PORT."""
+
+    metavar = "ADDRESS:PORT|off"
+    native = (int, bool)
+
+    @property
+    def allowed(self) -> str:
+        return "off, a port (on loopback), or ADDRESS:PORT"
+
+    def read(self, text: str) -> str:
+        text = text.strip().lower()
+        if text in ("off", "false"):
+            return "off"
+        from novafs.metrics import parse_address
+
+        address, port = parse_address(text)
+        return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
 @dataclass(frozen=True)
@@ -395,6 +439,11 @@ KEYS: Final = (
         "Writes and imports: what is uploaded.",
     ),
     Key(
+        "metrics", "metrics", MetricsAddress(), "off",
+        "Where a mount serves its metrics for Prometheus, at `/metrics`; `docs/metrics.md` lists them.",
+        "A listening socket of the daemon.", flag=True,
+    ),
+    Key(
         "l1.capacity", "l1.capacity_bytes", Size(minimum=4 * MIB), "10GB",
         "Bytes of memory that L1 may hold: frames, decoded copies and maps. A default or a preset's value is cut to a quarter "
         "of the machine's memory; a value that you set is taken as it is.",
@@ -404,6 +453,12 @@ KEYS: Final = (
         "l1.codec", "l1.codec", CodecName(), "lz4",
         "Codec of frames in L1.",
         "Memory per chunk against time per hit.",
+    ),
+    Key(
+        "l1.policy", "l1.policy", Choice(POLICY_NAMES), "lru",
+        "Who leaves L1 when it is full: `lru`; a classic (`2q`, `wtinylfu`, `s3fifo`); `learned`, which learns what is read again and "
+        "follows whoever its shadow caches show to be best; or `linear8`, a baseline. See `docs/eviction.md`.",
+        "Hits in L1.",
     ),
     Key(
         "l1.decoded_share", "l1.decoded_share", Share(maximum=0.9), "0.25",
@@ -486,6 +541,37 @@ KEYS: Final = (
         "What happens to an image when its host dies.",
     ),
     Key(
+        "prefetch.enabled", "prefetch.enabled", Switch(), "true",
+        "Whether chunks are fetched before a guest asks for them.",
+        "Prefetch, and all that it learns.",
+    ),
+    Key(
+        "prefetch.window", "prefetch.window", Integer(0, 1024), "10",
+        "Chunks that a sequential stream is read ahead where the store answers at once; the store's latency adds to it.",
+        "Sequential reads of what is not cached.",
+    ),
+    Key(
+        "prefetch.window_bytes", "prefetch.window_bytes", Size(minimum=1 << 16, maximum=1 << 40), "32MiB",
+        "How far a sequential stream is read ahead at most, however slow the store: what fills the way to it.",
+        "Bulk copies of what is not cached; memory of L1 that they may take.",
+    ),
+    Key(
+        "prefetch.accuracy_target", "prefetch.accuracy_target", Share(maximum=0.99), "0.85",
+        "The share of prefetched chunks that must be used before they are evicted.",
+        "How sure a guess must be.",
+    ),
+    Key(
+        "prefetch.aggression", "prefetch.aggression", Share(), "0",
+        "Trades accuracy for coverage: 0 holds `prefetch.accuracy_target`, at 1 only `prefetch.traffic_max` and what a guess would evict "
+        "limit it.",
+        "How much is prefetched.",
+    ),
+    Key(
+        "prefetch.traffic_max", "prefetch.traffic_max", Number(1, 100), "1.5",
+        "Traffic from L3 as a multiple of what there would be without prefetch.",
+        "How much is prefetched in vain at most.",
+    ),
+    Key(
         "gc.grace", "gc.grace_s", Duration(minimum=0.1, maximum=366 * 86400), "24h",
         "How long what nothing names any more is kept: superseded generations and catalogs, and packs between being condemned and "
         "being deleted. The same on all hosts of a volume; writers are safe beside a collection with any value from 10 minutes up.",
@@ -498,7 +584,7 @@ BY_OPTION: Final[Mapping[str, Key]] = {key.option: key for key in KEYS if not ke
 
 PRESETS: Final[Mapping[str, Mapping[str, str]]] = {
     "default": {},
-    "edge": {"l1.capacity": "5GB", "l1.codec": "lz4", "l2.codec": "lz4"},
+    "edge": {"l1.capacity": "5GB", "l1.codec": "lz4", "l2.codec": "lz4", "prefetch.aggression": "1"},
     "regional": {"l1.capacity": "20GB", "l1.codec": "snappy", "l2.capacity": "200GB", "l2.codec": "snappy"},
     "global": {"l1.capacity": "50GB", "l2.capacity": "500GB", "l3.capacity": "5TB", "dedup": "true"},
 }

@@ -161,7 +161,7 @@ def _failure(kind: str, message: str) -> bytes:
     return json.dumps({"ok": False, "error": {"kind": kind, "message": message}}).encode() + b"\n"
 
 
-def call(path: Path, op: str, *, timeout_s: float = 30, **arguments: object) -> Any:
+def call(path: Path, op: str, /, *, timeout_s: float = 30, **arguments: object) -> Any:
     """Ask the daemon behind the socket `path`, and return its result. Blocking.
 
     Raises NotFoundError where nobody answers there, RetryableError where the answer takes longer than `timeout_s`

@@ -7,7 +7,9 @@ it, else the committed map.
     floor   the smallest size that the image had during the layer: what lies below the layer, at or beyond its floor,
             is void and reads as zeros (a truncate that was followed by growth must not bring old bytes back)
 
-Always holds: a frozen layer never changes, nor do its chunks; a chunk that a reader may hold is only ever added to.
+Always holds: while a commit works on a frozen layer, neither it nor its chunks change; a chunk that a reader may hold is only ever
+added to, with what lies above it. After a commit that failed the frozen layers become one (`Layer.absorb`), so that there are never
+more than three: tries that go on failing cost neither memory nor the time of readers.
 A write waits for nothing: a chunk that is partly written keeps the spans that are valid, the rest is merged at commit.
 """
 
@@ -105,6 +107,21 @@ class Layer:
         if start and boundary in self.chunks:
             self.chunks[boundary] = self.chunks[boundary].cut(start)
         return len(gone) * chunk_size
+
+    def absorb(self, chunk_size: int, newer: Layer) -> int:
+        """Take over all that the layer above this one says, which is of no use afterwards; how many bytes of memory that gave back."""
+        freed = self.truncate(chunk_size, newer.floor) if newer.floor != NO_FLOOR else 0
+        for index, chunk in newer.chunks.items():
+            below = self.chunks.get(index)
+            if below is None:
+                self.chunks[index] = chunk
+                continue
+            view = memoryview(chunk.data)
+            for start, end in chunk.spans:
+                below.write(start, view[start:end])
+            freed += chunk_size
+        self.touched |= newer.touched
+        return freed
 
 
 class Patch(NamedTuple):

@@ -15,11 +15,13 @@ from novafs.chunk import REFERENCE_SIZE
 from novafs.errors import ObjectCorruptError
 from novafs.imagemap import MapState
 from novafs.objectstore.client import StoreClient
+from novafs.patch import Extent, fits
 from novafs.record import seal, unseal
 from novafs.revisions import GRACE_S_DEFAULT, Chain, new_nonce, writers_grace_s
 
 KIND: Final = b"GENR"
-VERSION: Final = 1
+VERSION: Final = 2
+"""1: without a patch, and still written so; a NovaFS that knows no patches must not read a generation that has one."""
 PREFIX: Final = "images/"
 
 HOST: Final = socket.gethostname()
@@ -31,7 +33,8 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
     image_id: 16 bytes; counter from 0; nonce and predecessor: 16 bytes (predecessor empty at 0); size: bytes;
     times: nanoseconds since the epoch; levels and top: of the map; stored_bytes: payload bytes of all chunk references;
     allocated_chunks: chunks that are no hole; epoch: of the lease it was written under (0: none);
-    journal_id and sequence: the journal, and its last record, that this generation contains; host: who wrote it, for people.
+    journal_id and sequence: the journal, and its last record, that this generation contains; host: who wrote it, for people;
+    patch: bytes that lie over the map (`novafs.patch`).
     """
 
     image_id: bytes
@@ -50,6 +53,12 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
     journal_id: bytes = b""
     sequence: int = 0
     host: str = HOST
+    patch: tuple[Extent, ...] = ()
+
+    @property
+    def held_bytes(self) -> int:
+        """What the image keeps in the store: `stored_bytes` and the patch. 0 only where there is no content at all."""
+        return self.stored_bytes + sum(len(data) for _, data in self.patch)
 
     def map_state(self, chunk_size: int) -> MapState:
         """The map, nothing of it loaded. Raises ObjectCorruptError where size, levels and top do not fit together."""
@@ -74,12 +83,14 @@ def generation_chain(client: StoreClient, image_id: bytes, *, grace_s: float = G
             raise ObjectCorruptError(f"{name}: holds a generation of image {found.image_id.hex()}; run 'novafs fsck'")
         if len(found.top) % REFERENCE_SIZE or found.size < 0:
             raise ObjectCorruptError(f"{name}: its map does not parse; run 'novafs fsck'")
+        if not fits(found.patch, found.size):
+            raise ObjectCorruptError(f"{name}: its patch does not fit an image of {found.size} bytes; run 'novafs fsck'")
         return found
 
     return Chain(
         client,
         generation_prefix(image_id),
-        encode=lambda g: seal(KIND, VERSION, g),
+        encode=lambda g: seal(KIND, VERSION if g.patch else 1, g),
         decode=decode,
         grace_s=writers_grace_s(grace_s),
     )

@@ -5,8 +5,9 @@ on dirty data. `fsync` makes what was written durable in the journal. A commit f
 generation is a point in time), stores what they change, creates the next generation (THE COMMIT POINT) and only then
 forgets them and trims the journal; after an error they are all still there, and the next commit takes them again.
 
-Always holds: what is dirty was written under `_lease`, and each write
-has a sequence number of the journal; those that neither the journal nor a generation has are in `_pending`, in order.
+Always holds: what is dirty was written under `_lease`, and each write has a sequence number of the journal; those that neither the
+journal nor a generation has are in `_pending`, in order. An image whose name is gone (`note_unlinked`) promises nothing beyond its last
+handle: it is committed only where memory runs short.
 """
 
 from __future__ import annotations
@@ -25,14 +26,25 @@ from novafs import dirty
 from novafs.cache.tiered import ChunkCache
 from novafs.chunk import HOLE_BYTES, ChunkIndex, Reference
 from novafs.dirty import Layer
-from novafs.errors import LeaseLostError, NovaError, ObjectNotFoundError, ReadOnlyError, RetryableError, StaleError, TooLargeError
+from novafs.errors import (
+    BugError,
+    LeaseLostError,
+    NovaError,
+    ObjectNotFoundError,
+    ReadOnlyError,
+    RetryableError,
+    StaleError,
+    StoreUnavailableError,
+    TooLargeError,
+)
 from novafs.generation import Generation
 from novafs.imagemap import FANOUT, LEVELS_MAX, TOP_MAX, MapState
-from novafs.imagereader import ImageReader
+from novafs.imagereader import ImageReader, Watcher
 from novafs.journal import Journal
 from novafs.journalfile import Record, RecordKind
 from novafs.lease import Lease
 from novafs.packwriter import PacksLostError, PackWriter, UsedPacks
+from novafs.patch import extended, extents_of
 from novafs.revisions import Chain, ConflictError, Head, new_nonce
 
 log = logging.getLogger(__name__)
@@ -93,14 +105,18 @@ class CommitTicket:
 
     def __init__(self) -> None:
         self._done = trio.Event()
-        self._error: NovaError | None = None
+        self._error: NovaError | None = StoreUnavailableError("the volume was closed before the commit was done")
 
     async def run(self, image: Image) -> None:
-        """Commit, and keep what it raised."""
+        """Commit, and keep what it raised. What it raises by mistake fails those who wait, and nobody else."""
         try:
             await image.commit()
         except NovaError as error:
             self._error = error
+        except Exception as error:
+            self._error = mistake(image, error)
+        else:
+            self._error = None
         finally:
             self._done.set()
 
@@ -108,6 +124,12 @@ class CommitTicket:
         """Wait for it; None where it succeeded."""
         await self._done.wait()
         return self._error
+
+
+def mistake(image: Image, error: Exception) -> BugError:
+    """Log an error that no commit should raise; what those who wait for it are told. The data is still there."""
+    log.error("%s: committing it failed by a mistake in NovaFS; the data is kept, and tried again", image.name, exc_info=error)
+    return BugError(f"{image.name}: committing it failed with {type(error).__name__}: {error}; please report it, with the log")
 
 
 class Image(ImageReader):
@@ -124,11 +146,14 @@ class Image(ImageReader):
         cache: ChunkCache,
         writeback: Writeback,
         read_only: bool,
+        watcher: Watcher | None = None,
     ) -> None:
-        super().__init__(node_id=node_id, name=name, chunk_size=chunk_size, head=head, cache=cache)
+        super().__init__(node_id=node_id, name=name, chunk_size=chunk_size, head=head, cache=cache, watcher=watcher)
         self.size_max = min(TOP_MAX * FANOUT**LEVELS_MAX * chunk_size, (1 << 63) - 1)
         self.read_only = read_only
         self.handles = 0
+        self.unlinked = False
+        """Set by `note_unlinked`, for good."""
         self._chain = chain
         self._writeback = writeback
         self._unanswered: UsedPacks | None = None
@@ -252,10 +277,10 @@ class Image(ImageReader):
         if record is not None:
             self._last_sequence = self._safe_sequence = max(self._last_sequence, record.sequence)
         elif journal is not None and self._lease is not None:
-            self._last_sequence = journal.next_sequence()
-            if self._writeback.durability == "journal":
+            previous, self._last_sequence = self._last_sequence, journal.next_sequence()
+            if self._writeback.durability == "journal" and not self.unlinked:
                 epoch = self._lease.epoch
-                self._pending.append(Record(kind, self.node_id, epoch, self._last_sequence, offset, data, self.mtime_ns))
+                self._pending.append(Record(kind, self.node_id, epoch, self._last_sequence, offset, data, self.mtime_ns, previous))
                 taken += len(data)
         self._account(taken)
 
@@ -332,7 +357,7 @@ class Image(ImageReader):
     def _is_own_fence(self, newer: Generation) -> bool:
         """Whether a newer generation is this host's own, with the content that is known here: the answer of a fence was lost."""
         journal, known = self._writeback.journal, self._head.record
-        same = (newer.size, newer.levels, newer.top) == (known.size, known.levels, known.top)
+        same = (newer.size, newer.levels, newer.top, newer.patch) == (known.size, known.levels, known.top, known.patch)
         return journal is not None and newer.journal_id == journal.journal_id and same
 
     async def replace_content(self, other: Generation) -> None:
@@ -350,6 +375,7 @@ class Image(ImageReader):
                 size=other.size,
                 levels=other.levels,
                 top=other.top,
+                patch=other.patch,
                 stored_bytes=other.stored_bytes,
                 allocated_chunks=other.allocated_chunks,
                 mtime_ns=now,
@@ -379,13 +405,25 @@ class Image(ImageReader):
             await self._writeback.release_lease(self._leaving)
             self._leaving = None
 
-    async def discard(self) -> None:
-        """The image was removed and nobody has it open: what is dirty is of no use to anybody."""
+    def note_unlinked(self) -> None:
+        """Its name is gone, so nothing of it can be found after a crash: it is no use to make it durable."""
+        self.unlinked = True
+        self._account(-_payload(self._pending))
+        self._pending = []
+
+    async def discard(self, *, handles: int = 0) -> bool:
+        """What is dirty is of no use to anybody: the image was removed and nobody has it open, or it can not be committed.
+
+        handles: of the caller; does nothing, and says so, where there are more, because somebody has opened it meanwhile.
+        """
         async with self._commit_lock, self._journal_lock:
+            if self.handles > handles:
+                return False
             self._forget_dirty()
             journal = self._writeback.journal
             if journal is not None:
                 journal.committed(self.node_id, self._last_sequence)
+            return True
 
     def _forget_dirty(self) -> None:
         self._layers = [Layer()]
@@ -406,7 +444,7 @@ class Image(ImageReader):
             self.incarnation += 1
             self._lost = (self.incarnation, error)
             self._forget_dirty()
-            if had:
+            if had and not self.unlinked:
                 await self._writeback.set_aside(self, pending, error)
 
     # -- durability ---------------------------------------------------------------------------------------------
@@ -423,14 +461,14 @@ class Image(ImageReader):
         """
         self._check_lost(incarnation)
         lease = self._lease
-        if lease is None:
-            return  # nothing was written since the last commit
+        if lease is None or self.unlinked:
+            return  # nothing was written since the last commit, or nobody could find it
         if lease.lost:
             lease.check()
         if self._writeback.durability == "journal" and not lease.wanted:
             await self._write_journal()
         else:
-            await self.commit()
+            await self.commit(brief=True)
         lease.check()
 
     async def keep(self) -> None:
@@ -464,7 +502,7 @@ class Image(ImageReader):
         is kept, and the commit follows when the store is back. Raises what `fsync` raises.
         """
         self._check_lost(incarnation)
-        if not self.dirty:
+        if not self.dirty or self.unlinked:
             return
         if self._writeback.durability != "journal" or self._writeback.journal is None:
             await self.commit()
@@ -486,8 +524,10 @@ class Image(ImageReader):
             self._dirty_bytes,
         )
 
-    async def commit(self) -> int:
+    async def commit(self, *, brief: bool = False) -> int:
         """Make a generation in L3 that holds all writes issued before and none after; its counter.
+
+        brief: a caller waits for it: as a patch, in one round trip, where that is possible.
 
         Does nothing where nothing is dirty. After an error all data is still here and the next commit takes it again.
         Raises StoreUnavailableError, StoreFullError, LeaseLostError, StaleError (another host has written the image).
@@ -496,19 +536,19 @@ class Image(ImageReader):
             return self.generation
         try:
             async with self._commit_lock:
-                return await self._commit_locked()
+                return await self._commit_locked(brief)
         except LeaseLostError as error:
             await self.lose_lease(error)
             raise
 
-    async def _commit_locked(self) -> int:
+    async def _commit_locked(self, brief: bool) -> int:
         if not self.dirty:
             return self.generation
         lease = self._lease
         if lease is None or lease.lost:
             raise LeaseLostError(f"{self.name}: the right to write it went to another host")
         # The freeze, in one step: layers, size, times and sequence are of this moment. While the store is away each try freezes
-        # what has come since the last one.
+        # what has come since the last one, too.
         if self._layers[-1].touched:
             self._layers.append(Layer())
         frozen = self._layers[:-1]
@@ -523,9 +563,12 @@ class Image(ImageReader):
             sequence=sequence,
         )
         try:
-            head, state = await self._store_own(frozen, generation, lease)
+            head, state = await self._store_own(frozen, generation, lease, brief)
         except BaseException:
             self._dirty_since_s = since_s
+            for layer in frozen[1:]:
+                self._account(-frozen[0].absorb(self.chunk_size, layer))
+            del self._layers[1 : len(frozen)]
             raise
         # Adopted in one step as well: no reader sees the new map without, or the old map with, the layers gone.
         del self._layers[: len(frozen)]
@@ -540,12 +583,14 @@ class Image(ImageReader):
             journal.committed(self.node_id, sequence)
         return self.generation
 
-    async def _store_own(self, frozen: list[Layer], generation: Generation, lease: Lease) -> tuple[Head[Generation], MapState]:
+    async def _store_own(self, frozen: list[Layer], generation: Generation, lease: Lease, brief: bool) -> tuple[Head[Generation], MapState]:
         """`_store`, again where the number was taken by an earlier try of our own whose answer was lost, and where a collection
         has overtaken it."""
         while True:
             try:
-                return await self._store(frozen, generation)
+                if brief and (patched := self._patched(frozen, generation)) is not None:
+                    return await self._store_patch(patched), self._state
+                return await self._store([self._patch, *frozen] if self._patch is not None else frozen, generation)
             except ConflictError as error:
                 head = await self._chain.head()
                 ours = (generation.epoch, generation.journal_id, generation.counter)
@@ -583,6 +628,23 @@ class Image(ImageReader):
         for record in records:
             self._apply(record.kind, record.offset, record.data, record=record)
 
+    def _patched(self, frozen: list[Layer], generation: Generation) -> Generation | None:
+        """`generation` with the map of the one before and what the layers say as a patch, where it is one."""
+        if (generation.size + self.chunk_size - 1) // self.chunk_size != self._state.chunks:
+            return None
+        layer = extended(self._patch, frozen, self.chunk_size)
+        if layer is None:
+            return None
+        # The map of now: `generation` may have been drawn up over an earlier one.
+        known = self._head.record
+        return msgspec.structs.replace(generation, levels=known.levels, top=known.top, patch=extents_of(layer, self.chunk_size))
+
+    async def _store_patch(self, generation: Generation) -> Head[Generation]:
+        # It refers to nothing that the generation before it does not: no pack of it can be missing.
+        head = await self._chain.commit(self._head, generation)
+        self._unanswered = None  # an earlier try's number is taken now
+        return head
+
     async def _store(self, frozen: list[Layer], generation: Generation) -> tuple[Head[Generation], MapState]:
         base, size = self._state, generation.size
         chunks = (size + self.chunk_size - 1) // self.chunk_size
@@ -613,7 +675,7 @@ class Image(ImageReader):
         if gone := await writer.used.lost():
             raise PacksLostError(gone)
         generation = msgspec.structs.replace(
-            generation, levels=state.levels, top=state.top, stored_bytes=stored_bytes, allocated_chunks=allocated
+            generation, levels=state.levels, top=state.top, patch=(), stored_bytes=stored_bytes, allocated_chunks=allocated
         )
         # Until the answer, what the store has under the number may be this try's or an earlier one's.
         earlier, self._unanswered = self._unanswered, writer.used.joined(self._unanswered)

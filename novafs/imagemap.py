@@ -114,6 +114,12 @@ class MapState:
         for level in range(self.levels - 1, -1, -1):
             await self._load_level(level, range(first >> (8 * (level + 1)), (last >> (8 * (level + 1))) + 1), fetch)
 
+    async def load_many(self, chunks: Sequence[int], fetch: Fetch) -> None:
+        """`load` for chunks anywhere: one batch a level."""
+        inside = [chunk for chunk in chunks if chunk < self.chunks]
+        for level in range(self.levels - 1, -1, -1):
+            await self._load_level(level, sorted({chunk >> (8 * (level + 1)) for chunk in inside}), fetch)
+
     async def _load_level(self, level: int, indexes: Iterable[int], fetch: Fetch) -> None:
         nodes = self._nodes[level]
         wanted: list[int] = []

@@ -1,26 +1,29 @@
 """Reading an open image: the newest of what dirty layers and the committed map say, byte by byte.
 
-What a reader sees at a byte is the newest dirty layer that has it (`novafs.dirty`), else the committed map. Always holds:
-`_state`, the map, equals the generation `_head`. All of it is touched on the trio thread alone, and what a read needs of
-it is taken in one step between two checkpoints; `novafs.image` adds the writing side.
+What a reader sees at a byte is the newest dirty layer that has it (`novafs.dirty`), else the generation's patch (`novafs.patch`), else
+its map. Always holds: `_state`, the map, and `_patch` equal the generation `_head`. All of it is touched on the trio thread alone,
+and what a read needs of it is taken in one step between two checkpoints; `novafs.image` adds the writing side.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 
 from novafs import dirty
 from novafs.cache.tiered import ChunkCache
 from novafs.chunk import HOLE_BYTES, Reference
-from novafs.dirty import Layer
+from novafs.dirty import Layer, Overlay
 from novafs.errors import FrameCorruptError
 from novafs.generation import Generation
 from novafs.imagemap import MapState
+from novafs.patch import layer_of
+from novafs.prefetch.base import place_of
 from novafs.revisions import Head
 
 log = logging.getLogger(__name__)
@@ -43,17 +46,37 @@ class ImageStatistics:
     compression_ratio: float
 
 
+class Watcher(Protocol):
+    """Who is told of what is read: `novafs.prefetcher`. Neither call takes a checkpoint or raises."""
+
+    def touched(self, image: ImageReader, first: int, last: int) -> None:
+        """Chunks were read, and all were there."""
+        ...
+
+    def missed(self, image: ImageReader, first: int, last: int, missing: Sequence[int]) -> None:
+        """Chunks are being read; those in `missing` are on their way."""
+        ...
+
+
 class ImageReader:
     """The reading half of `Image`; not used on its own."""
 
-    def __init__(self, *, node_id: bytes, name: str, chunk_size: int, head: Head[Generation], cache: ChunkCache) -> None:
+    def __init__(
+        self, *, node_id: bytes, name: str, chunk_size: int, head: Head[Generation], cache: ChunkCache, watcher: Watcher | None = None
+    ) -> None:
         self.node_id = node_id
         self.name = name
         """Path at open, for messages."""
         self.chunk_size = chunk_size
         self._shift = chunk_size.bit_length() - 1
         self._cache = cache
+        self._watcher = watcher
+        self.watch_number = 0
+        """The watcher's."""
+        self._told = -1
+        """The chunk that the watcher was told of last."""
         self._layers: list[Layer] = [Layer()]
+        self._patch: Layer | None = None
         self._statistics: ImageStatistics | None = None
         self._adopt(head)
 
@@ -61,6 +84,7 @@ class ImageReader:
         generation = head.record
         self._head = head
         self._state = state if state is not None else generation.map_state(self.chunk_size)
+        self._patch = layer_of(generation.patch, self.chunk_size) if generation.patch else None
         self._statistics = None
         if not self.dirty:
             self.size = generation.size
@@ -86,8 +110,8 @@ class ImageReader:
 
     @property
     def map_bytes(self) -> int:
-        """Memory that the loaded part of the map takes."""
-        return self._state.loaded_bytes
+        """Memory that the loaded part of the map takes, and the patch over it."""
+        return self._state.loaded_bytes + (len(self._patch.chunks) * self.chunk_size if self._patch is not None else 0)
 
     def trim_map(self, keep_leaves: int) -> None:
         """Give back memory of the map; it is fetched again when needed."""
@@ -95,8 +119,8 @@ class ImageReader:
 
     @property
     def stored_bytes(self) -> int:
-        """Payload bytes that the committed generation references."""
-        return self._head.record.stored_bytes
+        """Payload bytes that the committed generation references, or carries."""
+        return self._head.record.held_bytes
 
     # -- reading ------------------------------------------------------------------------------------------------
 
@@ -115,11 +139,19 @@ class ImageReader:
             if part is None:
                 return None
             parts.append(part)
+        if self._watcher is not None and (last != self._told or first != last):
+            self._told = last
+            self._watcher.touched(self, first, last)
         # `bytes` gives back a `bytes` object itself, so the common single whole chunk is not copied.
         return bytes(parts[0]) if len(parts) == 1 else b"".join(parts)
 
+    def _overlay(self, index: int) -> Overlay | None:
+        if self._patch is not None:
+            return dirty.overlay([self._patch, *self._layers], self.chunk_size, index)
+        return dirty.overlay(self._layers, self.chunk_size, index) if self.dirty else None
+
     def _chunk_nowait(self, index: int, start: int, end: int) -> bytes | bytearray | None:
-        found = dirty.overlay(self._layers, self.chunk_size, index) if self.dirty else None
+        found = self._overlay(index)
         if found is not None and dirty.covers(found, start, end):
             return dirty.compose(found, None, start, end)
         entry = self._state.entry_nowait(index)
@@ -161,20 +193,27 @@ class ImageReader:
             if state is self._state:
                 break
         # From here to the fetch there is no checkpoint: overlays and entries are of one moment.
-        plans: list[tuple[int, int, dirty.Overlay | None, int]] = []
+        plans: list[tuple[int, int, Overlay | None, int]] = []
         references: list[Reference] = []
         offsets: list[int] = []
         for number, entry in enumerate(entries):
             index = first + number
             start = offset - (index << self._shift) if index == first else 0
             end = offset + length - (index << self._shift) if index == last else self.chunk_size
-            found = dirty.overlay(self._layers, self.chunk_size, index) if self.dirty else None
+            found = self._overlay(index)
             wanted = -1
             if entry != HOLE_BYTES and not (found is not None and dirty.covers(found, start, end)):
                 wanted = len(references)
                 references.append(Reference.unpack(entry))
                 offsets.append(index << self._shift)
             plans.append((start, end, found, wanted))
+        if self._watcher is not None:
+            self._told = last
+            present = self._cache.l1.contains
+            missing = [
+                offset >> self._shift for offset, reference in zip(offsets, references, strict=True) if not present(reference.chunk_id)
+            ]
+            self._watcher.missed(self, first, last, missing)
         plains = await self._fetch(references, offsets)
         parts = []
         for start, end, found, wanted in plans:
@@ -187,11 +226,20 @@ class ImageReader:
                 parts.append(plain if end - start == len(plain) else plain[start:end])
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
+    def entry_nowait(self, index: int) -> bytes | None:
+        """The committed map's 64-byte entry of a chunk, None where that part of the map is not loaded."""
+        return self._state.entry_nowait(index)
+
+    async def load_entries(self, indexes: Sequence[int]) -> None:
+        """Load the map where these chunks are. Raises what a read raises."""
+        await self._state.load_many(indexes, self._cache.fetch)
+
     async def _fetch(self, references: Sequence[Reference], offsets: Sequence[int]) -> list[bytes]:
         if not references:
             return []
         try:
-            plains = await self._cache.fetch(references)
+            places = [place_of(self.watch_number, offset >> self._shift) for offset in offsets] if self._watcher is not None else ()
+            plains = await self._cache.fetch(references, places)
         except FrameCorruptError as error:
             at = next((o for r, o in zip(references, offsets, strict=True) if r.chunk_id == error.chunk_id), -1)
             log.error("image %s (%s): corrupt data at byte %d: %s", self.name, self.node_id.hex(), at, error)
@@ -242,13 +290,26 @@ class ImageReader:
         """Ranges (offset, length) of the committed generation that are no hole, in order, neighbours joined."""
         start = end = -1
         size = self._head.record.size
-        async for first, entries in self._state.leaves(self._cache.fetch):
-            for number in np.flatnonzero(entries["length"]):
-                at = (first + int(number)) << self._shift
-                if at != end:
-                    if end > start:
-                        yield start, min(end, size) - start
-                    start = at
-                end = at + self.chunk_size
+        async with aclosing(self._used_chunks()) as parts:
+            async for numbers in parts:
+                for number in numbers:
+                    at = number << self._shift
+                    if at != end:
+                        if end > start:
+                            yield start, min(end, size) - start
+                        start = at
+                    end = at + self.chunk_size
         if end > start:
             yield start, min(end, size) - start
+
+    async def _used_chunks(self) -> AsyncGenerator[list[int], None]:
+        """Chunks that the map or the patch has, in order."""
+        patched = np.array(sorted(self._patch.chunks) if self._patch is not None else [], dtype=np.int64)
+        done = 0
+        async with aclosing(self._state.leaves(self._cache.fetch)) as leaves:
+            async for first, entries in leaves:
+                # A leaf that is a hole is not among these, but a patch may lie over it: it comes along with the next one, or at the end.
+                upto = int(np.searchsorted(patched, first + len(entries)))
+                yield np.union1d(np.flatnonzero(entries["length"]) + first, patched[done:upto]).tolist()
+                done = upto
+        yield patched[done:].tolist()

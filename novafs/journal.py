@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,8 +39,9 @@ ID_FILE: Final = "id"
 ASIDE_DIR: Final = "aside"
 """Beside the journal: what could not be replayed, for 'novafs fsck' and for people."""
 SPARES_MAX: Final = 4
-_DAMAGED: Final = b"damaged"
-"""Stands for an image in what is needed of a segment that has not been kept aside yet."""
+_UNKEPT: Final = b"unkept"
+"""Stands for an image in what is needed of a segment that is to be kept aside as a whole, and was not yet."""
+_ID: Final = re.compile(rb"[0-9a-f]{32}\n?")
 _FULL: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -88,45 +90,68 @@ class Journal:
         self._number = 1
         self._sequence = 0
         self._records = self._syncs = self._written = 0
+        for path in directory.glob(f"*{files.SUFFIX}"):  # whatever is in it: its name is taken
+            with contextlib.suppress(ValueError):
+                self._number = max(self._number, int(path.stem, 16) + 1)
         for segment in found:
             last: dict[bytes, int] = {}
             if segment.header is not None:
                 self._number = max(self._number, segment.header.number + 1)
             else:
                 self._failed.add(segment.path)
-            for record in segment.records:
+            foreign = segment.header is not None and segment.header.journal_id != journal_id
+            for record in () if foreign else segment.records:
                 last[record.image_id] = max(last.get(record.image_id, 0), record.sequence)
                 self._sequence = max(self._sequence, record.sequence)
-            if segment.damaged_at >= 0:
-                last[_DAMAGED] = 1  # until `keep_damaged`
+            if segment.damaged_at >= 0 or foreign:
+                last[_UNKEPT] = 1  # until `kept`
             self._needed[segment.path] = last
 
     @classmethod
     def open(cls, directory: Path, *, ops: FileOps = durable.SYSTEM) -> tuple[Journal, list[Segment]]:
         """The journal in a directory, made where there is none, and the segments that wait for replay. Blocking.
 
-        Raises ObjectCorruptError where the id file is damaged, OSError.
+        Segments of another journal id, if there are any, are among them. Raises ObjectCorruptError where the id file is damaged,
+        StoreFullError, PermanentError.
         """
-        # Whoever made these directories may have been killed before they were durable.
+        try:
+            return cls._open(directory, ops)
+        except OSError as error:
+            if error.errno in _FULL:
+                raise _error(directory, error) from error
+            raise PermanentError(
+                f"journal {directory}: can not be opened ({error}); check the disk, its mount options and owner"
+            ) from error
+
+    @classmethod
+    def _open(cls, directory: Path, ops: FileOps) -> tuple[Journal, list[Segment]]:
+        # Whoever made these directories may have been killed before they were durable; each of them, as far as this file system goes,
+        # and where they really are.
         durable.make_dirs(directory, below=directory.parent, ops=ops)
-        with contextlib.suppress(PermissionError):
-            ops.fsync_dir(directory.parent.parent)
+        device = directory.stat().st_dev
+        for above in dict.fromkeys((directory.parent.parent, *directory.parent.resolve().parents)):
+            with contextlib.suppress(PermissionError):
+                if above.stat().st_dev == device:
+                    ops.fsync_dir(above)
         # What is not here now must not come back: numbers and sequences may begin anew.
         ops.fsync_dir(directory)
-        id_path = directory / ID_FILE
-        if not id_path.exists():
-            with contextlib.suppress(FileExistsError):
-                durable.write_new(id_path, secrets.token_hex(16).encode(), ops=ops)
-        try:
-            journal_id = bytes.fromhex(id_path.read_text())
-        except ValueError as error:
-            raise ObjectCorruptError(
-                f"{id_path}: holds no journal id; move the directory aside and mount again, then see 'novafs fsck'"
-            ) from error
         for path in _leftovers(directory):
             ops.unlink(path)
-        segments = [s for s in files.read_segments(directory) if s.header is None or s.header.journal_id == journal_id]
-        return cls(directory, journal_id, segments, ops=ops), segments
+        segments = list(files.read_segments(directory))
+        id_path = directory / ID_FILE
+        if not id_path.exists():
+            # Lost, perhaps, while what was fsynced is there: the segments say whose they are.
+            known = {segment.header.journal_id for segment in segments if segment.header is not None}
+            journal_id = known.pop() if len(known) == 1 else secrets.token_bytes(16)
+            with contextlib.suppress(FileExistsError):
+                durable.write_new(id_path, journal_id.hex().encode(), ops=ops)
+        text = id_path.read_bytes()
+        if not _ID.fullmatch(text):
+            raise ObjectCorruptError(
+                f"{id_path}: expected a journal id of 32 hex digits, found {text[:40]!r}; delete this file and mount again: the segments "
+                f"beside it know it"
+            )
+        return cls(directory, bytes.fromhex(text.decode()), segments, ops=ops), segments
 
     def next_sequence(self) -> int:
         """The number of the next write of any image."""
@@ -194,9 +219,13 @@ class Journal:
         header = SegmentHeader(self.journal_id, self._number, secrets.randbits(64), *self._previous)
         self._number += 1
         spare = self._spares.pop() if self._spares else None
-        fd, path = await trio.to_thread.run_sync(
-            lambda: files.start_segment(self.directory, header, spare, ops=self._ops), limiter=self._limiter
-        )
+        try:
+            fd, path = await trio.to_thread.run_sync(
+                lambda: files.start_segment(self.directory, header, spare, ops=self._ops), limiter=self._limiter
+            )
+        except trio.Cancelled:  # before it began
+            self._spares += [spare] if spare is not None else []
+            raise
         self._current = _Open(fd, header, path)
         self._needed[path] = {}
         self._recycle()
@@ -241,7 +270,8 @@ class Journal:
     def set_aside(self, image_id: bytes, records: Sequence[Record]) -> Path:
         """Keep an image's records in a file of their own under `aside/`, durable; its path. Blocking; for replay.
 
-        The same records are kept once, however often a crash has them set aside again.
+        The same records are kept once, however often a crash has them set aside again; others of the same numbers (a journal that was
+        empty counts anew) beside them.
         """
         directory = self.directory.parent / ASIDE_DIR
         durable.make_dirs(directory, ops=self._ops)
@@ -251,24 +281,28 @@ class Journal:
             for part in _split(record):
                 content += b"".join(files.encode_record(part, seed, 0))
         first, last = min(r.sequence for r in records), max(r.sequence for r in records)
-        path = directory / f"{image_id.hex()}-{self.journal_id.hex()[:12]}-{first}-{last}{files.SUFFIX}"
+        digest = xxhash.xxh64()
+        for record in records:
+            digest.update(b"".join(files.encode_record(record, 0, 0)))
+        path = directory / f"{image_id.hex()}-{self.journal_id.hex()[:12]}-{first}-{last}-{digest.hexdigest()}{files.SUFFIX}"
         with contextlib.suppress(FileExistsError):
             durable.write_new(path, bytes(content), ops=self._ops)
         return path
 
-    def keep_damaged(self, segment: Segment) -> Path:
-        """Keep a damaged segment as it is under `aside/`, durable; its path. Blocking; for replay."""
+    def keep_whole(self, segment: Segment) -> Path:
+        """Keep a segment that is damaged, or another journal's, as it is under `aside/`, durable; its path. Blocking; for replay."""
         directory = self.directory.parent / ASIDE_DIR
         durable.make_dirs(directory, ops=self._ops)
         content = segment.path.read_bytes()
-        path = directory / f"damaged-{segment.path.stem}-{xxhash.xxh64_hexdigest(content)}{files.SUFFIX}"
+        kind = "damaged" if segment.damaged_at >= 0 else "foreign"
+        path = directory / f"{kind}-{segment.path.stem}-{xxhash.xxh64_hexdigest(content)}{files.SUFFIX}"
         with contextlib.suppress(FileExistsError):
             durable.write_new(path, content, ops=self._ops)
         return path
 
-    def damage_kept(self, segment: Segment) -> None:
-        """`keep_damaged` has returned: the segment may go once nothing else in it is needed."""
-        self._needed[segment.path].pop(_DAMAGED, None)
+    def kept(self, segment: Segment) -> None:
+        """`keep_whole` has returned, or is not needed: the segment may go once nothing else in it is needed."""
+        self._needed[segment.path].pop(_UNKEPT, None)
 
     def statistics(self) -> JournalStatistics:
         """Counts and sizes as of now."""
@@ -291,7 +325,12 @@ def _split(record: Record) -> list[Record]:
         return [record]
     view = memoryview(record.data)
     return [
-        record._replace(offset=record.offset + at, data=bytes(view[at : at + files.PAYLOAD_MAX]))
+        record._replace(
+            offset=record.offset + at,
+            data=bytes(view[at : at + files.PAYLOAD_MAX]),
+            previous=record.sequence if at else record.previous,
+            more=at + files.PAYLOAD_MAX < len(view),
+        )
         for at in range(0, len(view), files.PAYLOAD_MAX)
     ]
 

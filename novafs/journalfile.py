@@ -9,14 +9,17 @@ the time of one that grows, because no metadata changes.
     records                      header of 80 bytes, payload; those of one fdatasync follow each other, and begin at a multiple
                                  of 4096
 
-    record header, 80 bytes      magic "JREC", kind (u8: 1 data, 2 resize), zero (3), image id (16), epoch (u64), sequence (u64),
-                                 offset in the image or new size (u64), payload length (u32), synced (u32), time in ns (u64), zero (8),
-                                 xxh64, seeded with the segment's seed, of the 72 bytes before it and the payload
+    record header, 80 bytes      magic "JREC", kind (u8: 1 data, 2 resize), 1 where a later part of the same write follows
+                                 (u8), zero (2), image id (16), epoch (u64), sequence (u64),
+                                 offset in the image or new size (u64), payload length (u32), synced (u32), time in ns (u64), sequence
+                                 of the image's write before this one (u64; its own in a later part of one write), xxh64, seeded with
+                                 the segment's seed, of the 72 bytes before it and the payload
 
 `synced` is how far into the segment the last fdatasync before this record had reached. What follows the last valid
 record is a torn tail, and is dropped, unless a later record (found by its magic and a right checksum) or the next
 segment says that the bytes had been synced: then the journal is damaged, and nobody may pretend that it was not
-(`damaged_at`). Blocks that hold synced bytes are never written again: a power cut may take a whole block with it.
+(`damaged_at`). What can be read behind the damage is found all the same; `unbroken` tells, by what each record says of the one before
+it, which images miss a write. Blocks that hold synced bytes are never written again: a power cut may take a whole block with it.
 
 A segment's name is durable only once its header is: one without a valid header holds no records (it is deleted),
 unless it does (then its header is damaged, and it is kept aside).
@@ -50,7 +53,7 @@ SPARE_SUFFIX: Final = ".spare"
 _MAGIC: Final = b"NOVAJNL\x01"
 _RECORD_MAGIC: Final = b"JREC"
 _HEADER: Final = struct.Struct("<8s16sQQQQ")
-_RECORD: Final = struct.Struct("<4sB3x16sQQQIIQ8x")
+_RECORD: Final = struct.Struct("<4sBB2x16sQQQIIQQ")
 _DIGEST: Final = struct.Struct("<Q")
 RECORD_BYTES: Final = _RECORD.size + _DIGEST.size
 
@@ -63,7 +66,8 @@ class RecordKind(enum.IntEnum):
 
 
 class Record(NamedTuple):
-    """One write or resize, in the order of `sequence`. offset: bytes, or the new size; epoch: of the lease."""
+    """One write or resize, in the order of `sequence`. offset: bytes, or the new size; epoch: of the lease; previous: sequence of the
+    image's write before this one, or its own where this is a later part of one write; 0: not known; more: a later part follows."""
 
     kind: RecordKind
     image_id: bytes
@@ -72,6 +76,8 @@ class Record(NamedTuple):
     offset: int
     data: bytes
     time_ns: int
+    previous: int = 0
+    more: bool = False
 
 
 class SegmentHeader(NamedTuple):
@@ -122,7 +128,17 @@ def decode_header(data: bytes) -> SegmentHeader | None:
 def encode_record(record: Record, seed: int, synced: int) -> list[bytes]:
     """A record's bytes, the payload not copied."""
     head = _RECORD.pack(
-        _RECORD_MAGIC, record.kind, record.image_id, record.epoch, record.sequence, record.offset, len(record.data), synced, record.time_ns
+        _RECORD_MAGIC,
+        record.kind,
+        record.more,
+        record.image_id,
+        record.epoch,
+        record.sequence,
+        record.offset,
+        len(record.data),
+        synced,
+        record.time_ns,
+        record.previous,
     )
     digest = xxhash.xxh64(head, seed=seed)
     digest.update(record.data)
@@ -133,7 +149,7 @@ def _decode_record(view: memoryview, at: int, seed: int) -> tuple[Record, int, i
     """The record at byte `at`, the byte after it, and its `synced`; None where there is no valid one."""
     if at + RECORD_BYTES > len(view):
         return None
-    magic, kind, image_id, epoch, sequence, offset, length, synced, time_ns = _RECORD.unpack_from(view, at)
+    magic, kind, more, image_id, epoch, sequence, offset, length, synced, time_ns, previous = _RECORD.unpack_from(view, at)
     end = at + RECORD_BYTES + length
     if magic != _RECORD_MAGIC or length > PAYLOAD_MAX or end > len(view) or kind not in (1, 2):
         return None
@@ -142,27 +158,67 @@ def _decode_record(view: memoryview, at: int, seed: int) -> tuple[Record, int, i
     if _DIGEST.unpack_from(view, at + _RECORD.size)[0] != digest.intdigest():
         return None
     data = bytes(view[at + RECORD_BYTES : end])
-    return Record(RecordKind(kind), image_id, epoch, sequence, offset, data, time_ns), end, synced
+    return Record(RecordKind(kind), image_id, epoch, sequence, offset, data, time_ns, previous, bool(more)), end, synced
+
+
+def _decode_next(view: memoryview, at: int, seed: int) -> tuple[Record, int, int] | None:
+    """The record that follows on byte `at`: of the same fdatasync, or the first one of the next; None where neither is there."""
+    found = _decode_record(view, at, seed)
+    if found is None:
+        found = _decode_record(view, block_end(at), seed)
+        # Only if the fdatasync before it ended here: else what lies between is a record, and was synced.
+        if found is not None and found[2] != at:
+            return None
+    return found
 
 
 def scan(data: bytes, seed: int, synced: int = 0) -> tuple[list[Record], int]:
     """The records of a segment's bytes, and `damaged_at`. synced: how far it was, as the next segment says."""
     view = memoryview(data)
     records: list[Record] = []
-    at = HEADER_BYTES
-    # The next one of the same fdatasync, or the first one of the next.
-    while (found := _decode_record(view, at, seed) or _decode_record(view, block_end(at), seed)) is not None:
-        records.append(found[0])
-        at = found[1]
-    if at < synced:
-        return records, at
-    # Behind the first invalid byte: a torn tail, unless something later was written when these bytes were synced.
-    search = at
+    at, damaged_at = HEADER_BYTES, -1
+    while True:
+        while (found := _decode_next(view, at, seed)) is not None:
+            records.append(found[0])
+            at = found[1]
+        # Behind the first invalid byte: a torn tail, unless something later was written when these bytes were synced.
+        later = _after_damage(data, at, seed)
+        if later < 0:
+            return records, damaged_at if damaged_at >= 0 or at >= synced else at
+        damaged_at = at if damaged_at < 0 else damaged_at
+        at = later
+
+
+def _after_damage(data: bytes, at: int, seed: int) -> int:
+    """Where the next record behind `at` is, if a record behind `at` says that these bytes had been synced; else -1."""
+    view, search, first = memoryview(data), at, -1
     while (search := data.find(_RECORD_MAGIC, search + 1)) >= 0:
-        later = _decode_record(view, search, seed)
-        if later is not None and later[2] > at:
-            return records, at
-    return records, -1
+        found = _decode_record(view, search, seed)
+        if found is None:
+            continue
+        first = search if first < 0 else first
+        if found[2] > at:
+            return first
+    return -1
+
+
+def unbroken(records: Sequence[Record], contained: int) -> int:
+    """How many of an image's records (sorted by sequence) follow on each other, and on `contained`, without a hole.
+
+    A point in time holds no write that came after one that is missing.
+    """
+    sequence, end, more = contained, -1, False
+    for number, record in enumerate(records):
+        same = record.sequence == sequence  # a later part, or all of it once more after an error of the disk
+        if more and not same:
+            return number
+        if record.previous == record.sequence:
+            if not same or record.offset > end:
+                return number
+        elif record.previous > sequence:
+            return number
+        sequence, end, more = record.sequence, record.offset + len(record.data), record.more
+    return len(records)
 
 
 def read_segments(directory: Path) -> Iterator[Segment]:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 import trio
@@ -41,6 +41,8 @@ VERSION: Final = 1
 PREFIX: Final = "leases/"
 WANTS_PREFIX: Final = "wants/"
 POLL_S: Final = 0.5
+WANT_RENEW_S: Final = 5.0
+WANT_TTL_S: Final = 20.0
 MARGIN: Final = 0.25
 """Share of the ttl that a holder under takeover "auto" keeps as a margin: it stops acknowledging that much before."""
 
@@ -115,6 +117,10 @@ def lease_chain(client: StoreClient, image_id: bytes, *, grace_s: float = GRACE_
     return Chain(client, lease_prefix(image_id), encode=lambda r: seal(KIND, VERSION, r), decode=decode, grace_s=writers_grace_s(grace_s))
 
 
+class _Unsure(NamedTuple):
+    base: Head[LeaseRecord] | None
+
+
 class Lease:
     """A held lease. `lost` once a higher epoch was seen; then nothing may be written under it ever again."""
 
@@ -130,6 +136,8 @@ class Lease:
         """Boot time before the last heartbeat that was answered was sent: the lease is surely ours until sent_s + ttl."""
         self.lost = False
         self.released = False
+        self.unsure: _Unsure | None = None
+        """Set where the answer to its creation was lost: it is not to be used, only to be released."""
         self._release: LeaseRecord | None = None
         """The release that was sent; one whose answer was lost is sent again as it was."""
         self.asked = False
@@ -195,9 +203,13 @@ class Lease:
         async with self._lock:
             if self.released or self.lost:
                 return
-            if self._release is None:
-                self._release = _release_of(self.record)
             try:
+                if self.unsure is not None:
+                    # First make sure that it is ours: the number after it may be the release of somebody else's.
+                    await self._chain.commit(self.unsure.base, self.record)
+                    self.unsure = None
+                if self._release is None:
+                    self._release = _release_of(self.record)
                 await self._chain.commit(self._head, self._release)
             except ConflictError:
                 self.lost = True
@@ -238,21 +250,25 @@ class LeaseManager:
         self._clock_s = clock_s
         self._poll_s = poll_s
         self._unsure: dict[bytes, Lease] = {}
+        self._wants_seen: dict[str, tuple[float, float]] = {}
+        """Requests of others: when the store says they were renewed last, and when that was first seen here."""
 
     async def acquire(self, image_id: bytes, name: str) -> Lease:
         """The lease of an image, waiting `rules.wait_s` for a holder to give it up. Raises LeaseHeldError that names the holder."""
         chain = lease_chain(self._client, image_id, grace_s=self.rules.grace_s)
         deadline_s = self._clock_s() + self.rules.wait_s
-        wanted = False
+        wanted_s: float | None = None
         # Epoch and heartbeat last seen, and when an answer of the store first showed them: `ttl_s` counts from there.
         seen: tuple[int, bytes, float] | None = None
         alive = False
         try:
             while True:
+                asked_s = self._clock_s()
                 head = await chain.head()
                 answered_s = self._clock_s()
                 record = head.record if head is not None else None
-                if record is None or record.released or record.journal_id == self._journal_id or self._expired(record, seen, answered_s):
+                # As of when it was asked: this host may have slept with the answer in hand, while the holder went on.
+                if record is None or record.released or record.journal_id == self._journal_id or self._expired(record, seen, asked_s):
                     lease = await self._take(chain, head)
                     if lease is not None:
                         return lease
@@ -260,16 +276,16 @@ class LeaseManager:
                 if seen is None or seen[:2] != (record.counter, record.heartbeat):
                     alive = seen is not None
                     seen = (record.counter, record.heartbeat, answered_s)
-                if not wanted:
+                if wanted_s is None or answered_s - wanted_s > WANT_RENEW_S:
+                    wanted_s = answered_s  # before the answer: one that is lost may have been written
                     want = WantRecord(image_id=image_id, journal_id=self._journal_id, host=HOST, nonce=new_nonce())
                     await self._client.put(want_name(image_id, self._journal_id), seal(b"WANT", VERSION, want))
-                    wanted = True
                 # A holder that may expire is waited for until its heartbeat has shown that it lives.
                 if answered_s >= deadline_s and (alive or not record.may_expire):
                     raise LeaseHeldError(_held(name, record))
                 await trio.sleep(self._poll_s)
         finally:
-            if wanted:
+            if wanted_s is not None:
                 with trio.move_on_after(5, shield=True):
                     await self._withdraw(image_id)
 
@@ -304,6 +320,7 @@ class LeaseManager:
         except ConflictError:
             return None
         except BaseException:
+            lease.unsure = _Unsure(head)
             self._unsure[image_id] = lease
             raise
         return lease
@@ -313,9 +330,22 @@ class LeaseManager:
         return self._unsure.pop(image_id, None)
 
     async def wants(self) -> dict[bytes, list[bytes]]:
-        """Who asks for what: image id -> journal ids. One listing."""
+        """Who asks for what: image id -> journal ids. One listing.
+
+        A request that was not renewed for `WANT_TTL_S` since it was first seen here does not count: its host died, or could
+        not withdraw it, and for its sake no fsync shall go to the store for ever.
+        """
+        infos = await self._beats.list(WANTS_PREFIX)
+        now_s = self._clock_s()
+        known, self._wants_seen = self._wants_seen, {}
         found: dict[bytes, list[bytes]] = {}
-        for info in await self._beats.list(WANTS_PREFIX):
+        for info in infos:
+            modified_s, since_s = known.get(info.name, (-1.0, 0.0))
+            if modified_s != info.modified_s:
+                modified_s, since_s = info.modified_s, now_s
+            self._wants_seen[info.name] = (modified_s, since_s)
+            if now_s - since_s > max(WANT_TTL_S, self.rules.ttl_s):
+                continue
             parts = info.name.split("/")
             try:
                 image_id, journal_id = bytes.fromhex(parts[1]), bytes.fromhex(parts[2])

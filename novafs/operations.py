@@ -81,12 +81,18 @@ async def _apply_aside(volume: Volume, request: Mapping[str, Any]) -> Any:
     return {"image": volume.catalog.path_of(made), "id": made.node_id.hex()}
 
 
+async def _reading(volume: Volume, request: Mapping[str, Any]) -> Any:
+    entry = await _image(volume, request)
+    return volume.prefetcher.describe(entry.node_id) if volume.prefetcher is not None else {}
+
+
 OPERATIONS: Final[Mapping[str, Operation]] = {
     "clone": _clone,
     "snapshot": _snapshot,
     "snapshots": _snapshots,
     "rollback": _rollback,
     "apply_aside": _apply_aside,
+    "reading": _reading,
 }
 
 

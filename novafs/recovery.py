@@ -3,11 +3,13 @@
 For each image that the journal has records of:
 
     head's journal is this one     records with a sequence above the head's are replayed under a new epoch of the lease
-                                   (taken at once: it is this host's own) and committed
+                                   (taken at once: it is this host's own) and committed; of a damaged journal those before
+                                   the first write that is missing, the others are kept aside
     head's journal is another      another host has written since. Records that this host's own last generation contains
                                    are of no use any more; the others are kept aside and named in the log
     no head                        the image was removed: they are kept aside
     the image can not be read      likewise: others shall not wait for its repair
+    segments of another journal    likewise, segment by segment: whose they are can not be told
 
 Then leases that this host held are given back, under a new epoch and after a commit that fences: a last request of the
 process that died may still be on its way to the store, and must not count once somebody has read the image.
@@ -29,7 +31,7 @@ from novafs.asynctools import open_nursery
 from novafs.errors import CorruptionError, LeaseHeldError, LeaseLostError, NotFoundError, ObjectNotFoundError, StaleError
 from novafs.generation import Generation, generation_chain
 from novafs.journal import Journal
-from novafs.journalfile import Record, Segment
+from novafs.journalfile import Record, Segment, unbroken
 from novafs.lease import read_lease
 from novafs.revisions import Chain, counter_of
 
@@ -55,17 +57,15 @@ async def recover(volume: Volume, journal: Journal, segments: Sequence[Segment])
     report = RecoveryReport()
     by_image: dict[bytes, list[Record]] = {}
     for segment in segments:
-        if segment.damaged_at >= 0:
-            kept = await trio.to_thread.run_sync(journal.keep_damaged, segment)
-            journal.damage_kept(segment)
-            log.error(
-                "journal segment %s is damaged at byte %d: fsynced writes behind it are lost here; the file is kept as %s",
-                segment.path,
-                segment.damaged_at,
-                kept,
-            )
+        foreign = segment.header is not None and segment.header.journal_id != journal.journal_id
+        if segment.damaged_at >= 0 or (foreign and segment.records):
+            kept = await trio.to_thread.run_sync(journal.keep_whole, segment)
+            what = f"is damaged at byte {segment.damaged_at}: fsynced writes in it are lost"
+            what = "belongs to another journal than the one this directory has now: nothing in it is replayed" if foreign else what
+            log.error("journal segment %s %s; the file is kept as %s, see 'novafs fsck'", segment.path, what, kept)
             report.aside.append(str(kept))
-        for record in segment.records:
+        journal.kept(segment)
+        for record in () if foreign else segment.records:
             by_image.setdefault(record.image_id, []).append(record)
     for image_id, records in by_image.items():
         records.sort(key=lambda r: r.sequence)
@@ -86,12 +86,15 @@ async def _recover_image(volume: Volume, journal: Journal, image_id: bytes, reco
     last = records[-1].sequence
     journal.advance(last)
     try:
-        todo, reason = await _uncommitted(volume, journal, image_id, records)
+        todo, contained, reason = await _uncommitted(volume, journal, image_id, records)
         if todo and not reason:
-            count = await _replay(volume, image_id, todo)
-            report.replayed[image_id] = count
-            log.warning("image %s: %d fsynced writes that were in no generation are replayed and committed", image_id.hex(), count)
-            return
+            whole = unbroken(todo, contained)
+            todo, rest = todo[:whole], todo[whole:]
+            if todo:
+                count = await _replay(volume, image_id, todo)
+                report.replayed[image_id] = count
+                log.warning("image %s: %d fsynced writes that were in no generation are replayed and committed", image_id.hex(), count)
+            todo, reason = rest, "writes before them are lost with a damaged part of the journal"
     except (LeaseHeldError, LeaseLostError, StaleError, NotFoundError, CorruptionError) as error:
         todo, reason = records, str(error)
     if todo:
@@ -107,21 +110,21 @@ async def _recover_image(volume: Volume, journal: Journal, image_id: bytes, reco
     journal.committed(image_id, last)
 
 
-async def _uncommitted(volume: Volume, journal: Journal, image_id: bytes, records: list[Record]) -> tuple[list[Record], str]:
-    """The records that no generation contains, and why they can not be replayed ("": they can)."""
+async def _uncommitted(volume: Volume, journal: Journal, image_id: bytes, records: list[Record]) -> tuple[list[Record], int, str]:
+    """The records that no generation contains, the sequence up to which one does, and why they can not be replayed ("": they can)."""
     chain = generation_chain(volume.client, image_id)
     head = await chain.head()
     if head is None:
-        return records, "the image was removed"
+        return records, 0, "the image was removed"
     newest, reason = head.record, ""
     if newest.journal_id != journal.journal_id:
         reason = f"host {newest.host} has written generation {newest.counter} since"
         own = await last_under(volume, chain, records[-1].epoch)
         if own is None or own.journal_id != journal.journal_id:
-            return records, reason
+            return records, 0, reason
         newest = own
     journal.advance(newest.sequence)
-    return [r for r in records if r.sequence > newest.sequence], reason
+    return [r for r in records if r.sequence > newest.sequence], newest.sequence, reason
 
 
 async def last_under(volume: Volume, chain: Chain[Generation], epoch: int) -> Generation | None:
@@ -154,7 +157,7 @@ async def _replay(volume: Volume, image_id: bytes, records: list[Record]) -> int
         try:
             await image.commit()
         except CorruptionError:
-            await image.discard()
+            await image.discard(handles=1)
             raise
     finally:
         await volume.close_image(image)

@@ -1,8 +1,9 @@
 """The state directory of a volume on this host: its lock, and who mounted what from it.
 
-What always holds: the directory is 0700; `lock` is held with flock(2) by the one daemon that mounts the volume with
+What always holds: the directory is made 0700; `lock` is held with flock(2) by the one daemon that mounts the volume with
 this directory, from before it opens anything in it until the process ends (the kernel lets go, so a kill leaves
-nothing to clean up). Whoever gets the lock therefore knows that no daemon is left, and has flushed or is dead.
+nothing to clean up). Whoever gets the lock therefore knows that no daemon is left, and has flushed or is dead. Who only
+asks whether it is held (`is_locked`) holds it, shared, for a moment: whoever takes it tries again for a while.
 
     lock           flock; its content names the holder, for messages
     control.sock   the daemon's control socket (`novafs.control`)
@@ -30,12 +31,14 @@ from pathlib import Path
 from typing import Final
 
 from novafs import durable
-from novafs.errors import AccessDeniedError, BusyError, ConfigError, StoreFullError
+from novafs.errors import AccessDeniedError, BusyError, ConfigError, NovaError, StoreFullError
 
 LOCK_FILE: Final = "lock"
 CONTROL_SOCKET: Final = "control.sock"
 LOG_FILE: Final = "mount.log"
 EXIT_FILE: Final = "exit.json"
+LOCK_TRIES: Final = 20
+LOCK_PAUSE_S: Final = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,17 +69,26 @@ def prepare(state_dir: Path, *, ops: durable.FileOps = durable.SYSTEM) -> Path:
     try:
         if not state_dir.is_dir():
             durable.make_dirs(state_dir, ops=ops)
-        if not os.access(state_dir, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        _check_writable(state_dir)
     except (FileExistsError, NotADirectoryError) as error:
         raise ConfigError(f"the state directory {state_dir} is not a directory: choose another with --state-dir") from error
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StoreFullError(f"no space for the state directory {state_dir}") from error
-        raise AccessDeniedError(
-            f"cannot use the state directory {state_dir}: {error.strerror}; run as its owner, or choose another with --state-dir"
-        ) from error
+        raise _unusable(state_dir, error) from error
     return state_dir
+
+
+def _check_writable(state_dir: Path) -> None:
+    if not os.access(state_dir, os.W_OK | os.X_OK):
+        number = errno.EROFS if os.statvfs(state_dir).f_flag & os.ST_RDONLY else errno.EACCES
+        raise OSError(number, os.strerror(number))
+
+
+def _unusable(state_dir: Path, error: OSError) -> NovaError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StoreFullError(f"no space for the state directory {state_dir}: make room there, or choose another with --state-dir")
+    return AccessDeniedError(
+        f"cannot use the state directory {state_dir}: {error.strerror}; run as its owner, or choose another with --state-dir"
+    )
 
 
 class StateLock:
@@ -88,20 +100,40 @@ class StateLock:
 
     @classmethod
     def take(cls, state_dir: Path, *, mountpoint: str) -> StateLock:
-        """Lock the directory for a mount at `mountpoint`, at once or not at all. Raises BusyError that names the holder."""
-        fd = os.open(state_dir / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        """Lock the directory for a mount at `mountpoint`, at once or not at all.
+
+        Raises BusyError that names the holder, AccessDeniedError, StoreFullError.
+        """
+        for _ in range(LOCK_TRIES):
+            try:
+                fd = os.open(state_dir / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            except OSError as error:
+                raise _unusable(state_dir, error) from error
+            if _lock(fd, state_dir / LOCK_FILE):
+                # For messages only: a full disk is no reason not to mount.
+                with contextlib.suppress(OSError):
+                    os.ftruncate(fd, 0)
+                    os.pwrite(fd, json.dumps({"pid": os.getpid(), "mountpoint": mountpoint}).encode(), 0)
+                return cls(state_dir, fd)
             os.close(fd)
-            raise _busy(state_dir) from error
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, json.dumps({"pid": os.getpid(), "mountpoint": mountpoint}).encode(), 0)
-        return cls(state_dir, fd)
+            time.sleep(LOCK_PAUSE_S)
+        raise _busy(state_dir)
 
     def release(self) -> None:
         """Let go. The end of the process does the same."""
         os.close(self._fd)
+
+
+def _lock(fd: int, path: Path) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    # A file that was deleted meanwhile is no lock: the next one would make, and get, a new one.
+    try:
+        return os.path.samestat(os.fstat(fd), path.lstat())
+    except FileNotFoundError:
+        return False
 
 
 def _read_holder(state_dir: Path) -> tuple[int, str] | None:
@@ -132,11 +164,13 @@ def check_free(state_dir: Path) -> None:
 
 
 def is_locked(state_dir: Path) -> bool:
-    """Whether a daemon holds this directory now."""
+    """Whether a daemon holds this directory now. Raises AccessDeniedError where that can not be told."""
     try:
         fd = os.open(state_dir / LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return False
+    except OSError as error:
+        raise _unusable(state_dir, error) from error
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -54,16 +54,21 @@ from novafs.errors import (
     StoreUnavailableError,
     TooLargeError,
 )
+from novafs.eviction.base import EvictionPolicy, make_policy
+from novafs.eviction.learned import LearnedPolicy
 from novafs.generation import Generation, generation_chain
-from novafs.image import Image
+from novafs.image import Image, mistake
 from novafs.journal import Journal
 from novafs.journalfile import Segment
 from novafs.lease import LeaseManager, LeaseRules
+from novafs.modelstore import ModelStore
 from novafs.objectstore.base import ObjectStore
 from novafs.objectstore.client import StoreClient
 from novafs.objectstore.url import StoreOptions, open_store
 from novafs.packwriter import PackWriter, open_pack_writer
 from novafs.pins import Pins
+from novafs.prefetch.account import Settings
+from novafs.prefetcher import Prefetcher
 from novafs.recovery import recover
 from novafs.revisions import Chain, ConflictError, Head, boot_time_s, new_nonce
 from novafs.superblock import Superblock, create_superblock, read_superblock
@@ -78,9 +83,16 @@ USAGE_AGE_S: Final = 30.0
 HEADS_MAX: Final = 4096
 MAP_SHARE: Final = 8
 """Loaded map nodes may take one part in MAP_SHARE of L1's capacity."""
+HEADS_BYTES_MAX: Final = 16 << 20
+"""Of what those hold: a patch, or the top of a large map, may have a quarter of a mebibyte."""
 SNAPSHOTS_NAME: Final = ".snapshots"
 """Where a mount shows snapshots (`novafs.namespace`): no image or directory of the root has this name."""
 CLOSE_TIMEOUT_S: Final = 60.0
+POLICY_CPU_SHARE: Final = 0.05
+POLICY_SLICES_MAX: Final = 50
+"""Slices of learning, of about half a millisecond, in each second."""
+MODELS_TIMEOUT_S: Final = 10.0
+"""What the end of a volume waits for what prefetch has learned: it is only worth time."""
 BEATS_MAX: Final = 4
 """Requests for heartbeats at a time."""
 
@@ -137,6 +149,7 @@ async def open_volume(
     *,
     read_only: bool = False,
     owns_state: bool = False,
+    prefetch: bool = False,
     store: ObjectStore | None = None,
     ops: FileOps = durable.SYSTEM,
 ) -> AsyncIterator[Volume]:
@@ -144,6 +157,7 @@ async def open_volume(
 
     owns_state: the caller holds the state directory's lock, so this process may use its journal, and with it write
     images; what a crash left in the journal is replayed before this returns.
+    prefetch: fetch ahead of readers and learn from them, where the configuration allows it: for whoever serves guests.
     store: instead of the one that the configuration names, and ops: below everything that has to be durable on this
     host; the seams for crash tests.
     Raises NoVolumeError, NewerFormatError, ConfigError, StoreDeniedError, BucketMissingError, StoreUnavailableError.
@@ -156,7 +170,12 @@ async def open_volume(
         stack.callback(client.store.close)
         superblock, head = await _read_start(client, probe=not read_only)
         await trio.to_thread.run_sync(lambda: statedir.prepare(config.state_dir, ops=ops))
-        l1 = MemoryTier(capacity_bytes=config.l1.capacity_bytes, codec=config.l1.codec, decoded_share=config.l1.decoded_share)
+        l1 = MemoryTier(
+            capacity_bytes=config.l1.capacity_bytes,
+            codec=config.l1.codec,
+            decoded_share=config.l1.decoded_share,
+            policy=_policy(config),
+        )
         stack.callback(l1.close)
         l2 = await trio.to_thread.run_sync(
             lambda: open_l2(
@@ -190,11 +209,17 @@ async def open_volume(
             stack.callback(opened[0].close)
         await stack.enter_async_context(cache.running())
         nursery = await stack.enter_async_context(open_nursery())
-        volume = Volume(config, superblock, client, cache, dedup, head, journal=journal, read_only=read_only, ops=ops)
+        prefetcher = _prefetcher(config, cache, superblock.chunk_size) if prefetch and config.prefetch.enabled else None
+        volume = Volume(
+            config, superblock, client, cache, dedup, head, journal=journal, read_only=read_only, prefetcher=prefetcher, ops=ops
+        )
         await volume.start(nursery)
         try:
             if journal is not None:
                 await recover(volume, journal, segments)
+            if volume.models is not None:
+                with trio.move_on_after(MODELS_TIMEOUT_S):
+                    await volume.models.load()
             yield volume
         finally:
             with trio.move_on_after(CLOSE_TIMEOUT_S, shield=True) as closing:
@@ -204,6 +229,9 @@ async def open_volume(
                     f'{client.url}: not everything was committed within {CLOSE_TIMEOUT_S:.0f} s of the end; with durability = "journal" '
                     f"it is in the journal under {config.state_dir}, and the next mount on this host commits it"
                 )
+            # Apart: everything is committed, and this being cut short is no reason to say that it was not.
+            with trio.move_on_after(MODELS_TIMEOUT_S, shield=True):
+                await volume.save_models()
         nursery.cancel_scope.cancel()
 
 
@@ -234,6 +262,29 @@ async def _read_start(client: StoreClient, *, probe: bool) -> tuple[Superblock, 
     return found["superblock"], found["head"]
 
 
+def _head_bytes(head: Head[Generation]) -> int:
+    return len(head.record.top) + sum(len(data) for _, data in head.record.patch)
+
+
+def _policy(config: Config) -> EvictionPolicy:
+    policy = make_policy(config.l1.policy)
+    if isinstance(policy, LearnedPolicy):
+        policy.limit_cpu(POLICY_CPU_SHARE)
+    return policy
+
+
+def _prefetcher(config: Config, cache: ChunkCache, chunk_size: int) -> Prefetcher:
+    settings = Settings(
+        prefetch_window=config.prefetch.window,
+        prefetch_window_bytes=config.prefetch.window_bytes,
+        prefetch_accuracy_target=config.prefetch.accuracy_target,
+        prefetch_aggression=config.prefetch.aggression,
+        prefetch_traffic_max=config.prefetch.traffic_max,
+        chunk_size=chunk_size,
+    )
+    return Prefetcher(cache, settings, requests_max=config.store.requests_max)
+
+
 class Volume:
     """An open volume. Everything here runs on the trio thread."""
 
@@ -248,6 +299,7 @@ class Volume:
         *,
         journal: Journal | None,
         read_only: bool,
+        prefetcher: Prefetcher | None = None,
         ops: FileOps = durable.SYSTEM,
     ) -> None:
         self.config = config
@@ -277,6 +329,10 @@ class Volume:
             pack_writer=self.pack_writer,
             ops=ops,
         )
+        self.prefetcher = prefetcher
+        self.models: ModelStore | None = None
+        if self.prefetcher is not None:
+            self.models = ModelStore(self.prefetcher.engine, cache.l1.policy, client, cache.l2, superblock.volume_id, read_only=read_only)
         self._workers = trio.CapacityLimiter(2)
         self._images: dict[bytes, Image] = {}
         self._views: set[Image] = set()
@@ -284,6 +340,7 @@ class Volume:
         self.pins = Pins(client, host_id, opened=self._opened, grace_s=self.grace_s)
         self._unlinked: set[bytes] = set()
         self._heads: OrderedDict[bytes, Head[Generation]] = OrderedDict()
+        self._heads_bytes = 0
         self._hints: dict[bytes, Attributes] = {}
         self._usage: tuple[float, int] | None = None
         """Trio time up to which it holds, and bytes of all packs."""
@@ -306,6 +363,9 @@ class Volume:
         """Start what runs in the background for as long as the volume is open."""
         await self.writeback.run(nursery)
         nursery.start_soon(self._run_background)
+        if self.prefetcher is not None and self.models is not None:
+            nursery.start_soon(self.prefetcher.run, nursery)
+            nursery.start_soon(self.models.run)
         nursery.start_soon(self.pins.run)
 
     def _opened(self) -> list[tuple[bytes, int]]:
@@ -321,11 +381,17 @@ class Volume:
         while True:
             await trio.sleep(HINT_INTERVAL_S)
             self._trim_maps()
+            for _ in range(POLICY_SLICES_MAX):
+                if not self.cache.l1.work():
+                    break
+                await trio.lowlevel.checkpoint()
             try:
                 await self._forget_idle_images()
                 await self._flush_hints()
             except NovaError as error:
                 log.warning("sizes in the catalog lag behind: %s", error)
+            except Exception:  # a mistake here must not end the volume
+                log.exception("sizes in the catalog lag behind")
 
     def _trim_maps(self) -> None:
         budget = self.config.l1.capacity_bytes // MAP_SHARE
@@ -354,9 +420,9 @@ class Volume:
                 try:
                     await image.commit()
                     self._note_hint(image)
-                except NovaError as error:
+                except Exception as error:  # whatever it is, the other images are committed
+                    failed.append(error if isinstance(error, NovaError) else mistake(image, error))
                     log.error("image %s: %d dirty bytes could not be committed: %s", image.name, image.dirty_bytes, error)
-                    failed.append(error)
                     return
                 try:
                     await image.release_lease()
@@ -373,6 +439,12 @@ class Volume:
         if failed:
             raise failed[0]
         await self.pins.remove()
+
+    async def save_models(self) -> None:
+        """Keep what prefetch has learned. Raises nothing that the store raises."""
+        if self.prefetcher is not None and self.models is not None:
+            self.prefetcher.finish()
+            await self.models.save()
 
     # -- the namespace ------------------------------------------------------------------------------------------
 
@@ -432,7 +504,7 @@ class Volume:
             first.mtime_ns,
             now,
             first.size,
-            first.stored_bytes,
+            first.held_bytes,
             xattrs=dict(xattrs),
             expires_s=expires_s,
             parent_id=parent_id,
@@ -475,9 +547,11 @@ class Volume:
 
     def _note_unlinked(self, entry: Entry) -> None:
         self._hints.pop(entry.node_id, None)
-        self._heads.pop(entry.node_id, None)
-        if entry.node_id in self._images:
+        self._forget_head(entry.node_id)
+        image = self._images.get(entry.node_id)
+        if image is not None:
             self._unlinked.add(entry.node_id)
+            image.note_unlinked()
 
     async def set_attributes(
         self,
@@ -568,9 +642,12 @@ class Volume:
                     cache=self.cache,
                     writeback=self.writeback,
                     read_only=self.read_only,
+                    watcher=self.prefetcher,
                 )
                 self._images[node_id] = image
                 image.handles += 1
+                if self.prefetcher is not None:
+                    self.prefetcher.opened(image, node_id)
                 return image
         image.handles += 1
         try:
@@ -588,6 +665,7 @@ class Volume:
         if self._images.get(image.node_id) is not image:  # a view of a snapshot, or forgotten at the end
             image.handles -= 1
             self._views.discard(image)
+            self._forgotten(image)
             return
         try:
             if image.handles == 1 and image.dirty and image.node_id not in self._unlinked:
@@ -603,8 +681,8 @@ class Volume:
         if image.handles or (image.dirty and not unlinked):
             return
         try:
-            if unlinked:
-                await image.discard()
+            if unlinked and not await image.discard():
+                return  # opened again meanwhile
             await image.release_lease()
         except NovaError as error:
             log.warning("%s: its lease is given back later: %s", image.name, error)
@@ -612,9 +690,14 @@ class Volume:
         if image.handles or image.dirty or image.lease is not None or image.leaving:
             return  # opened again while the lease was given back
         self._images.pop(image.node_id, None)
+        self._forgotten(image)
         self._unlinked.discard(image.node_id)
         if not unlinked:
             self._remember_head(Head(image.head, boot_time_s() - ATTRIBUTES_AGE_S / 2))
+
+    def _forgotten(self, image: Image) -> None:
+        if self.prefetcher is not None and not image.handles:
+            self.prefetcher.closed(image)
 
     async def _forget_idle_images(self) -> None:
         """Images that were closed while the store was away, and are committed now."""
@@ -635,9 +718,12 @@ class Volume:
             cache=self.cache,
             writeback=self.writeback,
             read_only=True,
+            watcher=self.prefetcher,
         )
         view.handles = 1
         self._views.add(view)
+        if self.prefetcher is not None:
+            self.prefetcher.opened(view, node_id + counter.to_bytes(8, "little"))
         return view
 
     def _generations(self, image_id: bytes) -> Chain[Generation]:
@@ -651,10 +737,16 @@ class Volume:
         known = self._heads.get(head.record.image_id)
         if known is not None and known.record.counter > head.record.counter:
             return  # of a look that began earlier and was slow
+        self._forget_head(head.record.image_id)
         self._heads[head.record.image_id] = head
-        self._heads.move_to_end(head.record.image_id)
-        while len(self._heads) > HEADS_MAX:
-            self._heads.popitem(last=False)
+        self._heads_bytes += _head_bytes(head)
+        while len(self._heads) > HEADS_MAX or self._heads_bytes > HEADS_BYTES_MAX:
+            self._forget_head(next(iter(self._heads)))
+
+    def _forget_head(self, image_id: bytes) -> None:
+        head = self._heads.pop(image_id, None)
+        if head is not None:
+            self._heads_bytes -= _head_bytes(head)
 
     async def attributes(self, entry: Entry, *, hint: bool = False) -> Attributes:
         """Size and times. `hint`: what the catalog says will do (listings). Raises NotFoundError, StoreUnavailableError."""
@@ -663,7 +755,13 @@ class Volume:
         image = self._images.get(entry.node_id)
         if image is not None:
             return Attributes(
-                image.size, image.stored_bytes, entry.atime_ns, image.mtime_ns, max(image.ctime_ns, entry.ctime_ns), image.generation
+                # What is dirty, too: programs take a file without blocks for one of zeros (GNU tar --sparse).
+                image.size,
+                image.stored_bytes + image.dirty_bytes,
+                entry.atime_ns,
+                image.mtime_ns,
+                max(image.ctime_ns, entry.ctime_ns),
+                image.generation,
             )
         if hint:
             known = self._hints.get(entry.node_id)
@@ -678,7 +776,7 @@ class Volume:
             self._remember_head(head)
         record = head.record
         return Attributes(
-            record.size, record.stored_bytes, entry.atime_ns, record.mtime_ns, max(record.ctime_ns, entry.ctime_ns), record.counter
+            record.size, record.held_bytes, entry.atime_ns, record.mtime_ns, max(record.ctime_ns, entry.ctime_ns), record.counter
         )
 
     # -- hints and figures --------------------------------------------------------------------------------------
@@ -687,7 +785,7 @@ class Volume:
         if self.read_only or image.read_only or image.node_id in self._unlinked:
             return
         head = image.head
-        self._hints[image.node_id] = Attributes(head.size, head.stored_bytes, head.mtime_ns, head.mtime_ns, head.ctime_ns, head.counter)
+        self._hints[image.node_id] = Attributes(head.size, head.held_bytes, head.mtime_ns, head.mtime_ns, head.ctime_ns, head.counter)
 
     async def _flush_hints(self) -> None:
         """Bring sizes and times in the catalog up to date, all in one commit."""
@@ -737,6 +835,11 @@ class Volume:
         capacity = int(min(self.config.l3.capacity_bytes, used + free))
         return VolumeUsage(max(capacity, used), used, len(self._images))
 
+    def _eviction(self) -> dict[str, Any]:
+        policy = self.cache.l1.policy
+        quality = policy.quality()
+        return {"policy": policy.name, **(asdict(quality) | {"words": quality.in_words()} if quality is not None else {})}
+
     def statistics(self) -> dict[str, Any]:
         """A JSON-able document of what this process has done: the control socket's and `novafs stats`'s answer."""
         return {
@@ -756,5 +859,7 @@ class Volume:
             "collection": dict(self.dedup.condemned.current.summary),
             "map_bytes": sum(image.map_bytes for image in (*self._images.values(), *self._views)),
             "cache": asdict(self.cache.statistics()),
+            "eviction": self._eviction(),
+            "prefetch": self.prefetcher.statistics() if self.prefetcher is not None else None,
             "store": asdict(self.client.statistics()),
         }

@@ -32,7 +32,7 @@ from novafs.errors import (
     StaleError,
     StoreFullError,
 )
-from novafs.image import CommitTicket, Image
+from novafs.image import CommitTicket, Image, mistake
 from novafs.journal import Journal
 from novafs.journalfile import Record
 from novafs.lease import Lease, LeaseManager
@@ -224,7 +224,7 @@ class WritebackController:
     @property
     def at_risk(self) -> DataAtRisk:
         """Data that the store does not have yet."""
-        since = [s for image in self._images() if (s := image.dirty_since_s) is not None]
+        since = [s for image in self._images() if (s := image.dirty_since_s) is not None and not image.unlinked]
         return DataAtRisk(self._dirty_bytes, trio.current_time() - min(since) if since else 0.0, len(since))
 
     async def run(self, nursery: trio.Nursery) -> None:
@@ -242,7 +242,7 @@ class WritebackController:
             now = trio.current_time()
             for image in list(self._images()):
                 since = image.dirty_since_s
-                if since is not None and (now - since >= self.rules.interval_s or not image.handles):
+                if since is not None and not image.unlinked and (now - since >= self.rules.interval_s or not image.handles):
                     self._start_commit(image)
 
     async def _commit_by_pressure(self) -> None:
@@ -274,11 +274,17 @@ class WritebackController:
         except NovaError as error:
             self.commit_errors += 1
             log.error("%s: can not be committed: %s", image.name, error)
-            self._stuck[image.node_id] = (image.generation, error)
-            self._room.set()
-            await trio.sleep(RETRY_S)
+            await self._note_stuck(image, error)
+        except Exception as error:
+            self.commit_errors += 1
+            await self._note_stuck(image, mistake(image, error))
         finally:
             self._committing.discard(image.node_id)
+
+    async def _note_stuck(self, image: Image, error: NovaError) -> None:
+        self._stuck[image.node_id] = (image.generation, error)
+        self._room.set()
+        await trio.sleep(RETRY_S)
 
     async def _keep_leases(self, leases: LeaseManager) -> None:
         while True:
@@ -316,8 +322,9 @@ class WritebackController:
             lease.asked = True
             await image.commit()
             await self._send_beat(image, lease, wanted)
-        except NovaError as error:
-            log.warning("%s: who asks for its lease is answered later: %s", image.name, error)
+        except Exception as error:
+            known = error if isinstance(error, NovaError) else mistake(image, error)
+            log.warning("%s: who asks for its lease is answered later: %s", image.name, known)
             lease.asked = bool(lease.record.acknowledged)
         finally:
             self._answering.discard(image.node_id)

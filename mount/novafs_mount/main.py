@@ -113,7 +113,7 @@ class _Daemon:
             async with open_nursery() as nursery:
                 nursery.start_soon(self._watch_signals, signals, nursery)
                 with self._opening:
-                    async with open_volume(self._config, read_only=self._options.read_only, owns_state=True) as volume:
+                    async with open_volume(self._config, read_only=self._options.read_only, owns_state=True, prefetch=True) as volume:
                         await self._mount(volume)
                 if self._opening.cancelled_caught:
                     log.info("stopped before %s was mounted", self._path)
@@ -157,6 +157,8 @@ class _Daemon:
                 for op, operation in OPERATIONS.items():
                     control.register(op, partial(operation, volume))
                 await nursery.start(control.run)
+                if self._config.metrics != "off":
+                    await nursery.start(self._serve_metrics, volume)
                 nursery.start_soon(self._announce)
                 await self._fuse()
                 nursery.cancel_scope.cancel()
@@ -197,6 +199,14 @@ class _Daemon:
         tuned = await trio.to_thread.run_sync(host.tune_mount, *self._device) if self._device is not None else []
         log.info("%s mounted at %s%s", self._source, self._path, _listed(tuned))
         self._ready()
+
+    async def _serve_metrics(self, volume: Volume, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        from novafs.metrics import metrics_server  # loads an HTTP server
+
+        async with metrics_server(self._config.metrics, volume.statistics):
+            log.info("metrics at http://%s/metrics", self._config.metrics)
+            task_status.started()
+            await trio.sleep_forever()
 
     def _stats(self, volume: Volume) -> Callable[[Mapping[str, Any]], Any]:
         async def stats(_request: Mapping[str, Any]) -> dict[str, Any]:

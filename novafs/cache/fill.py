@@ -49,13 +49,18 @@ class FillStatistics:
 
 
 class Arrival(NamedTuple):
-    """A chunk whose content is right. frame: of it, in any codec, if there is one. wants_l2, wants_l1: what it is to be compressed for."""
+    """A chunk whose content is right. frame: of it, in any codec, if there is one. wants_l2, wants_l1: what it is to be compressed for.
+
+    prefetched: nobody has asked for it yet. place: where an image holds it.
+    """
 
     chunk_id: bytes
     plain: bytes
     frame: Frame | None
     wants_l2: bool
     wants_l1: bool = False
+    prefetched: bool = False
+    place: int = -1
 
 
 class Filler:
@@ -98,7 +103,7 @@ class Filler:
         """Into L1 at once, and to the encoder what is to be compressed there or to go to L2."""
         frame = arrival.frame
         fits_l1 = frame is not None and frame.codec in (self._l1.codec, Codec.NONE)
-        self._l1.insert(arrival.chunk_id, arrival.plain, frame if fits_l1 else None)
+        self._l1.insert(arrival.chunk_id, arrival.plain, frame if fits_l1 else None, prefetched=arrival.prefetched, place=arrival.place)
         wants_l2 = arrival.wants_l2 and self._l2 is not None and self._l2.up
         if not wants_l2 and fits_l1:
             return

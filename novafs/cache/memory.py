@@ -7,7 +7,8 @@ A chunk is held in one of three ways:
     plain              only the plain content: it does not compress, or has not been compressed yet (`compact`)
 
 Decoded copies take at most `decoded_share` of the capacity and leave, oldest read first, before they do; a chunk's
-decoded copy leaves with it. Who leaves the tier is for an `EvictionPolicy` to say.
+decoded copy leaves with it. Who leaves the tier is for an `EvictionPolicy` to say; only where chunks that were prefetched and not read yet
+hold more than their share (`novafs.eviction.probation`) does the oldest of those leave before the policy is asked.
 
 Invariant: `used_bytes` is all that is held: payloads, decoded copies, `ENTRY_BYTES` and `DECODED_BYTES` of overhead,
 and what others have reserved; it is never above `capacity_bytes`, not even inside a call, because room is made before
@@ -31,6 +32,7 @@ from novafs.codec import PLAIN_MAX, Codec, decode
 from novafs.errors import ConfigError, CorruptionError
 from novafs.eviction.base import EvictionPolicy
 from novafs.eviction.lru import LruPolicy
+from novafs.eviction.probation import Probation
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +43,8 @@ DECODED_BYTES: Final = 224
 """The same for a decoded copy: at most 207 measured."""
 FOREIGN_BYTES: Final = 128
 """The same for remembering a codec that is not the tier's own."""
+POLICY_SHARE: Final = 8
+"""What a policy takes beside ENTRY_BYTES is counted up to one part in so many: in a tiny tier its tables would leave no room."""
 TOUCHES_MAX: Final = 1024
 """Accesses noted before recency is brought up to date: about 0.1 ms of work at once, 8 KiB of list."""
 
@@ -82,7 +86,11 @@ class MemoryTier:
         """Called with what has just been evicted, after it was given up. Must not call back into the tier."""
         self._decoded_max = int(capacity_bytes * decoded_share)
         self._policy: EvictionPolicy = LruPolicy() if policy is None else policy
+        self._policy.set_capacity(capacity_bytes)
         self._codec = int(codec)
+
+        self._probation = Probation()
+        """Prefetched and not read yet."""
 
         # Invariant: the policy knows exactly the ids in `_frames` or `_plain`.
         self._frames: dict[bytes, bytes] = {}
@@ -151,10 +159,11 @@ class MemoryTier:
 
     # --- coming and going -------------------------------------------------------------------------------------
 
-    def insert(self, chunk_id: bytes, plain: bytes, frame: Frame | None = None, *, prefetched: bool = False) -> bool:
+    def insert(self, chunk_id: bytes, plain: bytes, frame: Frame | None = None, *, prefetched: bool = False, place: int = -1) -> bool:
         """Hold a chunk, evicting others; whether it is held now (one that is larger than all there is, is not).
 
-        frame: of `plain`, in any codec. None: it is held plain until `compact` brings one.
+        frame: of `plain`, in any codec. None: it is held plain until `compact` brings one. place: where an image holds it, for the policy
+        (`novafs.eviction.base`).
         A chunk that is here already counts as read, and takes `frame` where it was plain.
         """
         if chunk_id in self._frames or chunk_id in self._plain:
@@ -166,8 +175,8 @@ class MemoryTier:
                 self._flush_touches()
             return self.contains(chunk_id)
         if frame is None or frame.codec == _NONE:
-            return self._hold_plain(chunk_id, plain, prefetched)
-        if not self._hold_frame(chunk_id, frame, prefetched):
+            return self._hold_plain(chunk_id, plain, prefetched, place)
+        if not self._hold_frame(chunk_id, frame, prefetched, place):
             return False
         self._keep_decoded(chunk_id, plain)
         return chunk_id in self._frames
@@ -183,6 +192,7 @@ class MemoryTier:
         if cost > self.capacity_bytes - self._used:
             # Only a frame larger than its content does not fit into the room that this has just made.
             self._policy.remove(chunk_id)
+            self._probation.leave(chunk_id)
             return
         self._frames[chunk_id] = frame.payload
         if frame.codec != self._codec:
@@ -234,6 +244,22 @@ class MemoryTier:
     def used_bytes(self) -> int:
         """All bytes held, what is reserved included."""
         return self._used
+
+    # --- the policy -------------------------------------------------------------------------------------------
+
+    @property
+    def policy(self) -> EvictionPolicy:
+        """Who says who leaves."""
+        return self._policy
+
+    def work(self) -> bool:
+        """A slice of the policy's learning, for a moment in which nobody waits; whether there is more to do."""
+        self._flush_touches()
+        more = self._policy.work()
+        quality = self._policy.quality()
+        if quality is not None:
+            self.set_reserved("policy", min(quality.memory_bytes, self.capacity_bytes // POLICY_SHARE))
+        return more
 
     # --- Tier -------------------------------------------------------------------------------------------------
 
@@ -311,28 +337,30 @@ class MemoryTier:
     def _frame_cost(self, frame: Frame) -> int:
         return len(frame.payload) + ENTRY_BYTES + (FOREIGN_BYTES if frame.codec != self._codec else 0)
 
-    def _hold_plain(self, chunk_id: bytes, plain: bytes, prefetched: bool) -> bool:
+    def _hold_plain(self, chunk_id: bytes, plain: bytes, prefetched: bool, place: int = -1) -> bool:
         cost = len(plain) + ENTRY_BYTES
         if not self._make_room(cost):
             return False
         self._plain[chunk_id] = plain
-        self._enter(chunk_id, cost, prefetched)
+        self._enter(chunk_id, cost, prefetched, place)
         return True
 
-    def _hold_frame(self, chunk_id: bytes, frame: Frame, prefetched: bool) -> bool:
+    def _hold_frame(self, chunk_id: bytes, frame: Frame, prefetched: bool, place: int = -1) -> bool:
         cost = self._frame_cost(frame)
         if not self._make_room(cost):
             return False
         self._frames[chunk_id] = frame.payload
         if frame.codec != self._codec:
             self._foreign[chunk_id] = frame.codec
-        self._enter(chunk_id, cost, prefetched)
+        self._enter(chunk_id, cost, prefetched, place)
         return True
 
-    def _enter(self, chunk_id: bytes, cost: int, prefetched: bool) -> None:
+    def _enter(self, chunk_id: bytes, cost: int, prefetched: bool, place: int) -> None:
         self._used += cost
         self._insertions += 1
-        self._policy.insert(chunk_id, cost, prefetched=prefetched)
+        self._policy.insert(chunk_id, cost, prefetched=prefetched, place=place)
+        if prefetched:
+            self._probation.enter(chunk_id, cost)
 
     def _keep_decoded(self, chunk_id: bytes, plain: bytes) -> None:
         """Hold `plain` beside the frame where the decoded share has room for it; older decoded copies give way."""
@@ -368,6 +396,7 @@ class MemoryTier:
         frame = self._frame_of(chunk_id)
         if frame is None:
             return None
+        self._probation.leave(chunk_id)
         if chunk_id in self._decoded:
             self._drop_decoded(chunk_id)
         if self._frames.pop(chunk_id, None) is None:
@@ -391,6 +420,11 @@ class MemoryTier:
         """Evict until `size` bytes more fit or nothing is left."""
         self._flush_touches()
         while self._used + size > self.capacity_bytes:
+            guess = self._probation.victim(self.capacity_bytes)
+            if guess is not None:
+                self._policy.remove(guess)
+                self._evict([guess])
+                continue
             victims = self._policy.victims(self._used + size - self.capacity_bytes)
             if not victims:
                 return
@@ -415,6 +449,7 @@ class MemoryTier:
             self._ordered = 0
             self._hits += len(touched)
             self._policy.touch_many(touched)
+            self._probation.leave_many(touched)
 
     def _order_decoded(self) -> None:
         """Bring the decoded copies into the order of the accesses noted so far, without troubling the policy."""

@@ -43,6 +43,7 @@ from novafs.cache.base import Frame, Tier, TierStatistics
 from novafs.cache.redis_address import RedisAddress, parse_redis_url
 from novafs.cache.redis_link import Command, LinkError, RedisLink
 from novafs.cache.redis_scripts import DELETE, PUT, TOUCH, Script
+from novafs.codec import PLAIN_MAX
 from novafs.errors import ConfigError, NovaError
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,9 @@ ENTRY_BYTES: Final = 320
 """What an entry costs the server beside its value: key, its place in the keyspace and in the index. Measured on Redis 7
 over 2,000 entries: 300 to 315, without the allocator's rounding of the value itself (up to a fifth, 9 % on average)."""
 GET_KEYS_MAX: Final = 64
-"""Keys of one MGET: at 64 KiB a chunk an answer of 4 MiB, a few milliseconds of a server that serves others meanwhile."""
+"""Keys of one batch of reads: at 64 KiB a chunk an answer of 4 MiB, a few milliseconds of a server that serves others meanwhile."""
+GET_BYTES_MAX: Final = 16 << 20
+"""What one batch of reads may bring: four times what `tiered` asks for in one step, so it binds only where values are none of ours."""
 SCRIPT_BYTES_MAX: Final = 1 << 20
 """Values in one script call: a server runs nothing else while a script runs, and this much takes about a millisecond."""
 BATCH_BYTES_MAX: Final = 2 << 20
@@ -66,6 +69,8 @@ PROBE_S_MIN: Final = 0.5
 PROBE_S_MAX: Final = 10.0
 
 _HEADER: Final = struct.Struct("<2sBBIQ")
+VALUE_BYTES_MAX: Final = _HEADER.size + PLAIN_MAX
+"""The longest value there can be: a frame is never longer than its plain content."""
 _MAGIC: Final = b"NV"
 _VERSION: Final = 1
 _LENGTH: Final = struct.Struct("<I")
@@ -80,7 +85,7 @@ def pack_value(chunk_id: bytes, frame: Frame) -> bytes:
 
 def unpack_value(chunk_id: bytes, value: object) -> Frame | None:
     """The frame in a value, or None where it is not whole, not this chunk's, or no value of ours at all."""
-    if not isinstance(value, bytes) or len(value) < _HEADER.size:
+    if not isinstance(value, bytes) or not _HEADER.size <= len(value) <= VALUE_BYTES_MAX:
         return None
     magic, version, codec, length, digest = _HEADER.unpack_from(value)
     payload = value[_HEADER.size :]
@@ -181,23 +186,19 @@ class RedisTier:
         bad: list[bytes] = []
         lengths: list[tuple[bytes, int]] = []
         for start in range(0, len(chunk_ids), GET_KEYS_MAX):
-            asked = self._grouped(chunk_ids[start : start + GET_KEYS_MAX])
-            answers = self._execute([Command(self._key(ids[0]), ("MGET", *map(self._key, ids))) for ids in asked])
-            for ids, values in zip(asked, answers, strict=False):
-                whole = isinstance(values, list) and len(values) == len(ids)
-                self._note_refusal("reads", not whole, values)
-                if not whole:
-                    self._count_error()
-                    continue
-                for chunk_id, value in zip(ids, values, strict=True):
-                    if value is None:
-                        continue
-                    frame = unpack_value(chunk_id, value)
-                    if frame is None:
-                        bad.append(chunk_id)
-                    else:
-                        found[chunk_id] = frame
-                        lengths.append((chunk_id, len(value)))
+            asked = chunk_ids[start : start + GET_KEYS_MAX]
+            most = min(VALUE_BYTES_MAX, GET_BYTES_MAX // len(asked))
+            for chunk_id, part in zip(asked, self._read(asked, most), strict=False):
+                # One that is longer than its share of the batch: rare where it is ours, so it is read anew by itself.
+                value = part if len(part) <= most or most == VALUE_BYTES_MAX else b"".join(self._read([chunk_id], VALUE_BYTES_MAX))
+                if not value:
+                    continue  # not there, or of another type
+                frame = unpack_value(chunk_id, value)
+                if frame is None:
+                    bad.append(chunk_id)
+                else:
+                    found[chunk_id] = frame
+                    lengths.append((chunk_id, len(value)))
         if bad:
             self._count_error(len(bad))
             log.warning("L2 at %s holds %d values that are none of ours, such as %s: deleted", self.address.text, len(bad), bad[0].hex())
@@ -230,8 +231,9 @@ class RedisTier:
 
     def contains_many(self, chunk_ids: Sequence[bytes]) -> set[bytes]:
         """Those it holds. Counts nothing, notes no access."""
-        answers = self._execute([Command(self._key(chunk_id), ("EXISTS", self._key(chunk_id))) for chunk_id in chunk_ids])
-        return {chunk_id for chunk_id, answer in zip(chunk_ids, answers, strict=False) if answer == 1}
+        answers = self._execute([Command(self._key(chunk_id), ("STRLEN", self._key(chunk_id))) for chunk_id in chunk_ids])
+        possible = range(_HEADER.size, VALUE_BYTES_MAX + 1)
+        return {chunk_id for chunk_id, answer in zip(chunk_ids, answers, strict=False) if isinstance(answer, int) and answer in possible}
 
     def delete_many(self, chunk_ids: Iterable[bytes]) -> None:
         """Drop them; no error for those that are not there."""
@@ -308,6 +310,18 @@ class RedisTier:
                 self._note_use(shard, answer)
 
     # --- talking to the servers ---------------------------------------------------------------------------------
+
+    def _read(self, chunk_ids: Sequence[bytes], most: int) -> list[bytes]:
+        """The values, none of more than `most` + 1 bytes, whatever somebody has put there (an MGET would bring it all); empty where
+        there is none. Nothing at all where the tier is down."""
+        keys = [self._key(chunk_id) for chunk_id in chunk_ids]
+        answers = self._execute([Command(key, ("GETRANGE", key, 0, most)) for key in keys])
+        refused = [answer for answer in answers if not isinstance(answer, bytes) and not _wrong_type(answer)]
+        if answers:
+            self._note_refusal("reads", bool(refused), refused[0] if refused else None)
+        if refused:
+            self._count_error()
+        return [answer if isinstance(answer, bytes) else b"" for answer in answers]
 
     def _execute(self, commands: Sequence[Command]) -> list[Any]:
         """The answers, or nothing at all where the tier is down or goes down."""
@@ -404,17 +418,6 @@ class RedisTier:
     def _key(self, chunk_id: bytes) -> bytes:
         return self._shard(chunk_id).prefix + chunk_id
 
-    def _grouped(self, chunk_ids: Sequence[bytes]) -> list[list[bytes]]:
-        """What one MGET may ask for: all at once, or by shard where those lie on different nodes."""
-        if not chunk_ids:
-            return []
-        if not self._link.clustered:
-            return [list(chunk_ids)]
-        groups: dict[_Shard, list[bytes]] = {}
-        for chunk_id in chunk_ids:
-            groups.setdefault(self._shard(chunk_id), []).append(chunk_id)
-        return list(groups.values())
-
     def _put_batches(self, frames: Mapping[bytes, Frame]) -> Iterator[list[tuple[_Shard, list[bytes]]]]:
         """Batches of script calls: a shard, and id, value, id, value, …"""
         open_calls: dict[_Shard, tuple[list[bytes], int]] = {}
@@ -486,6 +489,10 @@ class _Shard:
         self.bytes = 0
         self.count = 0
         self.told_us = 0
+
+
+def _wrong_type(answer: object) -> bool:
+    return isinstance(answer, ResponseError) and str(answer).startswith("WRONGTYPE")
 
 
 def _out_of_memory(error: ResponseError) -> bool:

@@ -18,7 +18,7 @@ outside may break it, and each is put right by the next script that runs:
   members there are, and the use is counted again. Values without a member are taken back in when they are next read.
 - A value is replaced by hand under another length: its member no longer fits, is evicted in its turn, and leaves the value alone.
 
-Reading needs no script: MGET, and later one `TOUCH` for many reads.
+Reading needs no script: GETRANGE, and later one `TOUCH` for many reads.
 
 Each script gets KEYS index, use; ARGV prefix of the data keys, capacity of the shard, overhead per entry, and what it works
 on. It answers {bytes, count, evicted, done, now}: the use when it ended, what it did, and the server's time in µs. Data keys

@@ -47,10 +47,11 @@ from novafs.errors import BugError, CorruptionError, FrameCorruptError, NovaErro
 log = logging.getLogger(__name__)
 
 BATCH_BYTES: Final = 4 << 20
-"""Plain bytes that one step of a fetch covers: one MGET, and the unit in which a long read is delivered."""
+"""Plain bytes that one step of a fetch covers: one batch of L2, and the unit in which a long read is delivered."""
 BATCH_CHUNKS_MAX: Final = 256
 VERIFY_CHUNKS_MIN: Final = 4
 """Fewer are not worth a second thread: a hop costs what decoding and hashing a 64 KiB chunk does, about 0.1 ms."""
+PREFETCH_VERIFY_CHUNKS: Final = 16
 L2_THREADS: Final = 8
 L2_PAUSE_S_MIN: Final = 1.0
 L2_PAUSE_S_MAX: Final = 10.0
@@ -141,11 +142,16 @@ class ChunkCache:
         self._l2_pause_s = 0.0
         """How long L2 is left alone after its last time-out; 0: it answered since."""
         self._l2_ask_from_s = -math.inf
+        self.on_evicted: Callable[[Sequence[bytes]], None] | None = None
+        """Told the ids of chunks that L1 has evicted. Must not call back into the tiers."""
+        self.on_l3_read: Callable[[float, bool], None] | None = None
+        """Told how many seconds reading frames of one pack took, verification excluded, and whether somebody waited for them."""
         self._nursery: trio.Nursery | None = None
         self._flights: dict[bytes, _Flight] = {}
         """Invariant: a flight is here exactly while its fetch runs in the nursery."""
         self._thread_count = threads or os.cpu_count() or 1
         self._workers = trio.CapacityLimiter(self._thread_count)
+        self._prefetch_workers = trio.CapacityLimiter(1)
         self._l2_readers = trio.CapacityLimiter(L2_THREADS)
         self._filler = Filler(l1=l1, l2=l2, l2_codec=l2_codec)
 
@@ -163,6 +169,15 @@ class ChunkCache:
         async with open_nursery() as nursery:
             self._nursery = nursery
             self._filler.start(nursery)
+            demote = self.l1.on_evict
+
+            def on_evict(evicted: list[tuple[bytes, Frame]]) -> None:
+                if demote is not None:
+                    demote(evicted)
+                if self.on_evicted is not None:
+                    self.on_evicted([chunk_id for chunk_id, _ in evicted])
+
+            self.l1.on_evict = on_evict
             try:
                 yield
             finally:
@@ -172,8 +187,10 @@ class ChunkCache:
 
     # --- reading ----------------------------------------------------------------------------------------------
 
-    async def fetch(self, references: Sequence[Reference]) -> list[bytes]:
+    async def fetch(self, references: Sequence[Reference], places: Sequence[int] = ()) -> list[bytes]:
         """Plain contents in the order asked: chunks, map nodes, directory pages. A chunk may be asked for more than once.
+
+        places: where images hold them, in the same order, for the policy that evicts; none: nobody says.
 
         Raises the first error in the order asked: FrameCorruptError (a bad copy in L3, read twice), ObjectNotFoundError
         (the pack is gone; names chunk and pack), StoreUnavailableError and what else the store raises. The fetch of the others
@@ -182,16 +199,18 @@ class ChunkCache:
         plains: list[bytes | None] = []
         waiting: list[tuple[int, Reference, _Flight]] = []
         fresh: list[_Flight] = []
-        for reference in references:
+        for number, reference in enumerate(references):
             plain = self.peek(reference.chunk_id)
             plains.append(plain)
             if plain is None:
                 flight = self._flights.get(reference.chunk_id)
                 if flight is None:
                     flight = self._depart(reference)
+                    flight.where = places[number] if places else -1
                     fresh.append(flight)
                 else:
                     self._shared_fetches += 1
+                    flight.prefetched = False
                 waiting.append((len(plains) - 1, reference, flight))
         self.l1.count_misses(len(waiting))
         for start in range(0, len(fresh), self._batch_chunks):
@@ -199,6 +218,23 @@ class ChunkCache:
         for at, reference, flight in waiting:
             plains[at] = await self._arrival(reference, flight)
         return [plain for plain in plains if plain is not None]
+
+    def prefetch(self, reference: Reference, place: int = -1) -> _Flight | None:
+        """Make ready to fetch a chunk that nobody has asked for yet; None where it is here or on its way. `start_prefetches` sends it."""
+        if self.present(reference.chunk_id) or self._nursery is None:
+            return None
+        flight = self._depart(reference)
+        flight.prefetched = True
+        flight.where = place
+        return flight
+
+    def start_prefetches(self, flights: list[_Flight]) -> None:
+        """Fetch what `prefetch` gave, joined into as few requests as it takes; in the same step as those calls.
+
+        Whoever asks for one of the chunks meanwhile shares its fetch. A failure is nobody's but theirs.
+        """
+        for start in range(0, len(flights), self._batch_chunks):
+            self._start(flights[start : start + self._batch_chunks])
 
     def present(self, chunk_id: bytes) -> bool:
         """Whether it is in L1 or on its way. Counts nothing, notes no access."""
@@ -334,7 +370,8 @@ class ChunkCache:
             return flights
         self._l2_pause_s = 0.0
         found = [flight for flight in flights if flight.reference.chunk_id in frames]
-        checked = await self._verified([(flight.reference.chunk_id, frames[flight.reference.chunk_id]) for flight in found])
+        items = [(flight.reference.chunk_id, frames[flight.reference.chunk_id]) for flight in found]
+        checked = await self._verified(items, demand=_demanded(found))
         for flight, item in zip(found, checked, strict=True):
             chunk_id = flight.reference.chunk_id
             traffic.read_bytes += len(frames[chunk_id].payload)
@@ -344,7 +381,15 @@ class ChunkCache:
                 self._filler.delete(chunk_id)
             else:
                 traffic.hits += 1
-                self._filler.admit(Arrival(chunk_id, item.plain, item.l1_frame or frames[chunk_id], wants_l2=False))
+                arrival = Arrival(
+                    chunk_id,
+                    item.plain,
+                    item.l1_frame or frames[chunk_id],
+                    wants_l2=False,
+                    prefetched=flight.prefetched,
+                    place=flight.where,
+                )
+                self._filler.admit(arrival)
                 self._land(flight, plain=item.plain)
         missing = [flight for flight in flights if not flight.done.is_set()]
         traffic.misses += len(missing)
@@ -451,9 +496,13 @@ class ChunkCache:
             traffic.errors += 1
             raise
         finally:
-            traffic.seconds += trio.current_time() - started_s
+            took_s = trio.current_time() - started_s
+            traffic.seconds += took_s
+            if self.on_l3_read is not None:
+                self.on_l3_read(took_s, _demanded(wanted))
         frames = [Frame(flight.place.codec, payload) for flight, payload in zip(wanted, payloads, strict=True)]
-        checked = await self._verified([(flight.place.chunk_id, frame) for flight, frame in zip(wanted, frames, strict=True)])
+        items = [(flight.place.chunk_id, frame) for flight, frame in zip(wanted, frames, strict=True)]
+        checked = await self._verified(items, demand=_demanded(wanted))
         for flight, frame, item in zip(wanted, frames, checked, strict=True):
             place = flight.place
             traffic.read_bytes += len(frame.payload)
@@ -463,22 +512,26 @@ class ChunkCache:
                 log.warning("chunk %s in pack %s at %d: %s", place.chunk_id.hex(), place.pack_id.hex(), place.offset, item)
             else:
                 traffic.hits += 1
-                self._filler.admit(Arrival(place.chunk_id, item.plain, item.l1_frame or frame, wants_l2=True))
+                arrival = Arrival(
+                    place.chunk_id, item.plain, item.l1_frame or frame, wants_l2=True, prefetched=flight.prefetched, place=flight.where
+                )
+                self._filler.admit(arrival)
                 self._land(flight, plain=item.plain)
         return bad
 
-    async def _verified(self, items: Sequence[tuple[bytes, Frame]]) -> list[_Content | CorruptionError]:
-        """Decode and check in worker threads, several frames a hop."""
+    async def _verified(self, items: Sequence[tuple[bytes, Frame]], *, demand: bool) -> list[_Content | CorruptionError]:
+        """Decode and check in worker threads, several frames a hop. What nobody waits for has a thread of its own."""
         if not items:
             return []
         # Behind: then compress here, before anybody is answered, so that readers run no faster than the encoder.
         l1_codec = self.l1.codec if self._filler.behind else None
-        size = max(VERIFY_CHUNKS_MIN, -(-len(items) // self._thread_count))
+        size = max(VERIFY_CHUNKS_MIN, -(-len(items) // self._thread_count)) if demand else PREFETCH_VERIFY_CHUNKS
+        limiter = self._workers if demand else self._prefetch_workers
         parts = [items[start : start + size] for start in range(0, len(items), size)]
         checked: list[list[_Content | CorruptionError]] = [[] for _ in parts]
 
         async def check(number: int) -> None:
-            checked[number] = await trio.to_thread.run_sync(_verify, parts[number], l1_codec, limiter=self._workers)
+            checked[number] = await trio.to_thread.run_sync(_verify, parts[number], l1_codec, limiter=limiter)
 
         if len(parts) == 1:
             await check(0)
@@ -495,7 +548,7 @@ class ChunkCache:
 class _Flight:
     """One chunk's fetch. `done` is set once, by `_land`, with exactly one of content and error."""
 
-    __slots__ = ("done", "error", "place", "plain", "reference")
+    __slots__ = ("done", "error", "place", "plain", "prefetched", "reference", "where")
 
     def __init__(self, reference: Reference) -> None:
         self.reference = reference
@@ -505,6 +558,10 @@ class _Flight:
         self.done = trio.Event()
         self.plain: bytes | None = None
         self.error: Exception | None = None
+        self.prefetched = False
+        """Nobody has asked for it yet."""
+        self.where = -1
+        """The place in an image that it was asked for; -1: nobody said."""
 
 
 class _Content(NamedTuple):
@@ -532,6 +589,10 @@ class _Traffic:
             timeouts=self.timeouts,
             errors=self.errors,
         )
+
+
+def _demanded(flights: Sequence[_Flight]) -> bool:
+    return not all(flight.prefetched for flight in flights)
 
 
 def _same_place(one: Reference, other: Reference) -> bool:

@@ -10,17 +10,19 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from novafs import statedir
 from novafs.cli import common
 from novafs.cli.common import Settings
 from novafs.config import Config
-from novafs.errors import IsDirectoryError
-from novafs.units import format_size
+from novafs.errors import IsDirectoryError, NovaError
+from novafs.units import format_duration, format_size
 
 if TYPE_CHECKING:
     from novafs.catalogtree import Entry
     from novafs.volume import Volume
 
 _AT_ONCE: Final = 16
+_TIMEOUT_S: Final = 5.0
 
 
 @click.command()
@@ -40,6 +42,8 @@ def info(volume: str, image: str | None, show_settings: bool, as_json: bool, set
         return
     config = common.without_l2(config)
     document = common.run(_image_info, config, image) if image is not None else common.run(_volume_info, config)
+    if image is not None:
+        document["reading"] = _reading(config, image)
     if as_json:
         common.emit_json(document)
     elif image is not None:
@@ -83,7 +87,38 @@ async def _image_info(config: Config, path: str) -> dict[str, Any]:
             await volume.close_image(image)
 
 
+def _reading(config: Config, image: str) -> dict[str, Any]:
+    """What the daemon that serves the volume on this host has seen of reads of the image; empty where there is none."""
+    from novafs.control import call
+
+    if not statedir.is_locked(config.state_dir):
+        return {}
+    try:
+        found: dict[str, Any] = call(config.state_dir / statedir.CONTROL_SOCKET, "reading", timeout_s=_TIMEOUT_S, image=image)
+    except NovaError as error:
+        common.say(f"the daemon does not say how the image is read: {error}")
+        return {}
+    return found
+
+
+def _read_as(reading: dict[str, Any]) -> str:
+    text = str(reading["pattern"])
+    if reading.get("period_s"):
+        text += f" every {format_duration(reading['period_s'])}"
+    if reading.get("usual_hours_utc"):
+        text += f", usually at {', '.join(reading['usual_hours_utc'])} UTC"
+    return text
+
+
+def _prefetched(reading: dict[str, Any]) -> str:
+    figures = [f"{name} {reading[name]:.1%}" for name in ("accuracy", "coverage") if reading.get(name) is not None]
+    return f"{reading['issued']:,} chunks: {reading['used']:,} used, {reading['late']:,} late, {reading['wasted']:,} wasted" + (
+        f" ({', '.join(figures)})" if figures else ""
+    )
+
+
 def _show_image(found: dict[str, Any]) -> None:
+    reading = found["reading"]
     chunks = f"{found['allocated_chunks']:,} chunks, {found['unique_chunks']:,} different"
     common.emit_table(
         [
@@ -97,6 +132,7 @@ def _show_image(found: dict[str, Any]) -> None:
             ("stored", common.with_bytes(found["unique_stored_bytes"])),
             ("dedup", common.ratio(found["dedup_ratio"]) + "  (within the image)"),
             ("compression", common.ratio(found["compression_ratio"])),
+            *([("read here", _read_as(reading)), ("prefetched", _prefetched(reading))] if reading else []),
         ]
     )
 

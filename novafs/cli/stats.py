@@ -88,7 +88,7 @@ def summary(document: dict[str, Any]) -> list[str]:
     return [
         f"{common.printable(str(document.get('volume', {}).get('url')))}, {where}",
         f"chunks served from {shares}",
-        f"written and not stored yet: {format_size(document.get('dirty_bytes', 0))}",
+        f"written and not stored yet: {format_size(document.get('data_at_risk', {}).get('bytes', 0))}",
     ]
 
 

@@ -118,8 +118,24 @@ class FileStore(ObjectStore):
         """Objects under `base` ("" or "a/b/") whose next component starts with `beginning`, in name order.
 
         A directory is read when its turn has come, so that a listing with a limit reads few of them. Its turn is that of its name
-        with the slash: "a-b" < "a/x" although "a" < "a-b".
+        with the slash: "a-b" < "a/x" although "a" < "a-b". Never recursive: whoever can write there may nest as deep as he likes.
         """
+        open_heaps = [self._read_dir(base, beginning, after)]
+        while open_heaps:
+            if not open_heaps[-1]:
+                open_heaps.pop()
+                continue
+            name, is_directory = heapq.heappop(open_heaps[-1])
+            if is_directory:
+                open_heaps.append(self._read_dir(name, "", after))
+            else:
+                try:
+                    yield self._info(name)
+                except FileNotFoundError:
+                    continue  # deleted since the directory was read
+
+    def _read_dir(self, base: str, beginning: str, after: str) -> builtins.list[tuple[str, bool]]:
+        """A heap of what a directory holds of a walk: name, with the slash where it is a directory, and whether it is one."""
         waiting: list[tuple[str, bool]] = []
         try:
             with os.scandir(self.root / base) as entries:
@@ -128,24 +144,17 @@ class FileStore(ObjectStore):
                         continue
                     name = base + entry.name
                     if entry.is_dir(follow_symlinks=False):
-                        if after < name + "/" or after.startswith(name + "/"):
+                        # What is so deep that nothing in it can have an object's name is passed over.
+                        if is_name(name + "/x") and (after < name + "/" or after.startswith(name + "/")):
                             waiting.append((name + "/", True))
                     elif name > after and is_name(name) and entry.is_file(follow_symlinks=False):
                         waiting.append((name, False))
         except (FileNotFoundError, NotADirectoryError):
             self._check_root()
-            return
+            return []
         # A heap, not a sort: the common call wants the first of a thousand.
         heapq.heapify(waiting)
-        while waiting:
-            name, is_directory = heapq.heappop(waiting)
-            if is_directory:
-                yield from self._walk(name, "", after)
-            else:
-                try:
-                    yield self._info(name)
-                except FileNotFoundError:
-                    continue  # deleted since the directory was read
+        return waiting
 
     # ---- writing
 

@@ -46,6 +46,7 @@ def seeds(count: int) -> list[int]:
 def test_whatever_a_power_cut_leaves_is_a_prefix_with_every_promised_byte(
     memory_dir: Path, durability: str, faults: bool, seed: int
 ) -> None:
+    """semantics: S2, S3."""
     trace = Trace(seed, memory_dir, durability=durability, faults=faults)
     trace.run()
     rng = random.Random(seed)

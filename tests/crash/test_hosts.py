@@ -22,6 +22,7 @@ WORLDS = 12
 @pytest.mark.parametrize("machines", [2, 3])
 @pytest.mark.parametrize("rules", ["journal", "store", "auto"])
 def test_an_image_has_one_writer_and_keeps_what_was_promised(memory_dir: Path, rules: str, machines: int) -> None:
+    """semantics: S6, S12."""
     acknowledged = 0
     for seed in seeds(WORLDS):
         world = World(seed, memory_dir / str(seed), rules, machines=machines)

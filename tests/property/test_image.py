@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
+import pytest
 import trio
 import trio.testing
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from novafs.catalogtree import ROOT_ID
+from novafs.errors import StoreUnavailableError
 from novafs.image import Image
 from novafs.volume import Volume
 from tests.support.engine import fresh_volume
@@ -39,7 +42,7 @@ class ImageMachine(RuleBasedStateMachine):
 
     @initialize()
     def open(self) -> None:
-        self.volume: Volume = self.portal.enter(lambda: fresh_volume(self.directory, chunk_size=CHUNK))
+        self.volume: Volume = self.portal.enter(lambda: fresh_volume(self.directory, chunk_size=CHUNK, writeback__interval="1h"))
 
         async def make() -> Image:
             entry = await self.volume.create(ROOT_ID, "disk.raw")
@@ -69,21 +72,46 @@ class ImageMachine(RuleBasedStateMachine):
         assert quick is None or quick == expected
         assert self.portal.run(self.image.read, offset, length) == expected
 
-    @rule()
-    def commit(self) -> None:
-        self.portal.run(self.image.commit)
+    @rule(brief=st.booleans())
+    def commit(self, brief: bool) -> None:
+        self.portal.run(lambda: self.image.commit(brief=brief))
         self.committed = bytearray(self.model)
         assert not self.image.dirty
 
-    @rule(offset=OFFSETS, length=LENGTHS, size=OFFSETS)
-    def write_while_committing(self, offset: int, length: int, size: int) -> None:
+    @precondition(lambda self: self.image.dirty)
+    @rule(writes=st.lists(st.tuples(OFFSETS, LENGTHS, st.one_of(st.none(), OFFSETS)), min_size=1, max_size=4))
+    def commits_that_fail(self, writes: list[tuple[int, int, int | None]]) -> None:
+        """The store is away; more is written meanwhile. Nothing is lost, and nothing piles up."""
+
+        def away() -> Any:
+            raise StoreUnavailableError("scripted")
+
+        writeback, works = self.volume.writeback, self.volume.writeback.pack_writer
+        writeback.pack_writer = away  # type: ignore[method-assign]
+        try:
+            for number, (offset, length, size) in enumerate(writes):
+                with pytest.raises(StoreUnavailableError):
+                    self.portal.run(self.image.commit)
+                self.write(offset, length, number, "data")
+                if size is not None:
+                    self.resize(size)
+                self.all_bytes_are_there()
+                assert len(self.image._layers) <= 2
+                pending = sum(len(record.data) for record in self.image._pending)
+                held = sum(len(layer.chunks) for layer in self.image._layers) * CHUNK
+                assert self.image.dirty_bytes == self.volume.writeback._dirty_bytes == held + pending
+        finally:
+            writeback.pack_writer = works  # type: ignore[method-assign]
+
+    @rule(offset=OFFSETS, length=LENGTHS, size=OFFSETS, brief=st.booleans())
+    def write_while_committing(self, offset: int, length: int, size: int, brief: bool) -> None:
         """A commit holds all writes before it and none after; readers see every write at once."""
         before = bytes(self.model)
         data = b"\x55" * length
 
         async def both() -> None:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self.image.commit)
+                nursery.start_soon(lambda: self.image.commit(brief=brief))
                 await trio.testing.wait_all_tasks_blocked(0.001)
                 await self.image.write(offset, data)
                 await self.image.resize(max(size, 1))
@@ -125,7 +153,7 @@ class ImageMachine(RuleBasedStateMachine):
 
     @invariant()
     def a_clean_image_counts_what_it_stores(self) -> None:
-        if not hasattr(self, "image") or self.image.dirty:
+        if not hasattr(self, "image") or self.image.dirty or self.image.head.patch:
             return
         found = self.portal.run(self.image.statistics)
         chunks = [bytes(self.model[at : at + CHUNK]).ljust(CHUNK, b"\0") for at in range(0, len(self.model), CHUNK)]
@@ -134,6 +162,20 @@ class ImageMachine(RuleBasedStateMachine):
         assert found.unique_chunks == len(set(full))
         assert found.stored_bytes == self.image.head.stored_bytes
         assert found.hole_chunks == len(chunks) - len(full)
+
+    @invariant()
+    def what_is_in_no_extent_is_zero(self) -> None:
+        if not hasattr(self, "image") or self.image.dirty:
+            return
+
+        async def extents() -> list[tuple[int, int]]:
+            async with aclosing(self.image.extents()) as found:
+                return [extent async for extent in found]
+
+        rest = bytearray(self.model)
+        for offset, length in self.portal.run(extents):
+            rest[offset : offset + length] = bytes(length)
+        assert rest.count(0) == len(rest) == len(self.model)
 
     def teardown(self) -> None:
         async def last() -> None:

@@ -306,9 +306,13 @@ class Ceph:
             f"--secret={wanted.secret_key}",
         )
         if quota_bytes is not None:
-            self._run("radosgw-admin", "quota", "set", "--quota-scope=user", f"--uid={name}", f"--max-size={quota_bytes}")
+            self.set_quota(name, quota_bytes)
             self._run("radosgw-admin", "quota", "enable", "--quota-scope=user", f"--uid={name}")
         return wanted
+
+    def set_quota(self, name: str, quota_bytes: int) -> None:
+        """Another quota for a user who has one."""
+        self._run("radosgw-admin", "quota", "set", "--quota-scope=user", f"--uid={name}", f"--max-size={quota_bytes}")
 
     def volume_url(self, bucket: str, prefix: str = "", *, endpoint: str | None = None) -> str:
         """What a user would write to name that prefix."""

@@ -10,16 +10,18 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def novafs(*arguments: object, environ: Mapping[str, str] | None = None, timeout_s: float = 600) -> str:
-    """Runs the command and returns what it printed. Raises AssertionError with its errors where it fails."""
+def novafs(*arguments: object, environ: Mapping[str, str] | None = None, timeout_s: float = 600, status: int = 0) -> str:
+    """Runs the command and returns what it printed. Raises AssertionError with its errors where its exit status is not `status`."""
     command = [sys.executable, "-m", "novafs.cli", *map(str, arguments)]
     done = subprocess.run(
         command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env={**os.environ, **(environ or {})}, timeout=timeout_s
     )
-    assert done.returncode == 0, f"novafs {' '.join(map(str, arguments))} ended with status {done.returncode}:\n{done.stdout}{done.stderr}"
+    assert done.returncode == status, (
+        f"novafs {' '.join(map(str, arguments))} ended with status {done.returncode}:\n{done.stdout}{done.stderr}"
+    )
     return done.stdout
 
 
-def novafs_json(*arguments: object, environ: Mapping[str, str] | None = None) -> Any:
+def novafs_json(*arguments: object, environ: Mapping[str, str] | None = None, status: int = 0) -> Any:
     """The same with ``--json``: what it printed, decoded."""
-    return json.loads(novafs(*arguments, "--json", environ=environ))
+    return json.loads(novafs(*arguments, "--json", environ=environ, status=status))

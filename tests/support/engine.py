@@ -27,14 +27,14 @@ async def make_volume(url: str, *, chunk_size: int = 64 << 10) -> str:
 
 
 @asynccontextmanager
-async def opened(url: str, state_dir: Path, *, read_only: bool = False, **flags: str) -> AsyncIterator[Volume]:
+async def opened(url: str, state_dir: Path, *, read_only: bool = False, prefetch: bool = False, **flags: str) -> AsyncIterator[Volume]:
     """The volume at `url`; `flags` are configuration keys with `__` for the dot."""
     given = {**FLAGS, "state_dir": str(state_dir), **{key.replace("__", "."): value for key, value in flags.items()}}
     config = load_config(url, flags=given, environ={})
     state_dir.mkdir(parents=True, exist_ok=True)
     lock = StateLock.take(state_dir, mountpoint="tests")
     try:
-        async with open_volume(config, read_only=read_only, owns_state=True) as volume:
+        async with open_volume(config, read_only=read_only, owns_state=True, prefetch=prefetch) as volume:
             yield volume
     finally:
         lock.release()

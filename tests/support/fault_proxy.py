@@ -398,7 +398,11 @@ class _HttpHandler(BaseHTTPRequestHandler):
             while self.rfile.readline().strip():
                 pass
             return b"".join(parts)
-        return self.rfile.read(int(self.headers.get("Content-Length", "0")))
+        length = int(self.headers.get("Content-Length", "0"))
+        body = self.rfile.read(length)
+        if len(body) < length:
+            raise _Abort  # the client died in the middle of it: no server takes half a request
+        return body
 
     def _ask(self, seen: Seen) -> tuple[int, str, list[tuple[str, str]], bytes]:
         upstream = self._upstream

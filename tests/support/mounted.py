@@ -20,12 +20,15 @@ from tests.support.engine import make_volume
 START_TIMEOUT_S = 60
 END_TIMEOUT_S = 90
 READY = re.compile(r" mounted at ")
+UNMEASURED = {"COVERAGE_PROCESS_CONFIG": None, "COVERAGE_PROCESS_START": None}
+"""Environment of a daemon that will be killed: it reports nothing, so coverage would only slow it down."""
 
 
 class Mount:
     """A running daemon. path: the mount point. log: what it wrote to stderr so far, by line."""
 
-    def __init__(self, url: str, path: Path, state_dir: Path, arguments: Sequence[str], environ: Mapping[str, str]) -> None:
+    def __init__(self, url: str, path: Path, state_dir: Path, arguments: Sequence[str], environ: Mapping[str, str | None]) -> None:
+        """environ: on top of this process's environment; None takes a variable away."""
         self.url = url
         self.path = path
         self.state_dir = state_dir
@@ -45,9 +48,8 @@ class Mount:
             str(state_dir),
             *arguments,
         ]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace", env={**os.environ, **environ}
-        )
+        given = {name: value for name, value in {**os.environ, **environ}.items() if value is not None}
+        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace", env=given)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -112,7 +114,7 @@ class Mount:
 
 @contextmanager
 def running(
-    url: str, path: Path, state_dir: Path, *arguments: str, l2: str = "none", environ: Mapping[str, str] | None = None
+    url: str, path: Path, state_dir: Path, *arguments: str, l2: str = "none", environ: Mapping[str, str | None] | None = None
 ) -> Iterator[Mount]:
     """The volume at `url` mounted at `path` (made if missing); the test ends the daemon as it likes, or it is killed here."""
     if mount_at(path) is None:  # a dead mount could not be asked whether it is there

@@ -276,6 +276,7 @@ async def _damage_pack(world: World, reference: Reference, change: Callable[[byt
 @pytest.mark.parametrize("how", ["payload", "another chunk", "truncated"])
 @trio_test
 async def test_a_bad_copy_in_l3_is_read_twice_and_then_an_error_for_that_chunk_alone(world: World, how: str) -> None:
+    """semantics: S1."""
     plains = [plain_of(number) for number in range(6)]
     references = await world.pack(plains)
     bad = references[-1]
@@ -505,6 +506,7 @@ async def test_l2_and_l3_serve_one_fetch_together(world: World, l2: RedisTier) -
 async def test_a_bad_copy_in_l2_is_deleted_and_read_from_l3(
     world: World, l2: RedisTier, caplog: pytest.LogCaptureFixture, how: str
 ) -> None:
+    """semantics: S1."""
     plains = [plain_of(1), plain_of(2)]
     references = await world.pack(plains)
     bad = references[0].chunk_id

@@ -173,7 +173,7 @@ def test_statistics_of_a_volume_that_is_not_mounted_come_from_the_volume(filled:
 
 DOCUMENT = {
     "volume": {"url": "file:///v", "chunk_size": 65536, "read_only": False},
-    "dirty_bytes": 2048,
+    "data_at_risk": {"bytes": 2048, "age_s": 1.5, "images": 1},
     "cache": {"l1": {"hits": 90, "misses": 10}, "l2_traffic": {"hits": 7}, "l3_traffic": {"hits": 3, "seconds": 0.25}},
     "mount": {"mountpoint": "/images", "pid": 12345},
     "tiers": [{"name": "l1", "used_bytes": 1 << 20}, 7],

@@ -50,6 +50,8 @@ async def delete_dead_packs(world: World, volume: Volume) -> None:
 def test_a_store_away_longer_than_the_grace_between_a_dedup_hit_and_the_commit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, guarded: bool
 ) -> None:
+    """semantics: S17."""
+
     async def nothing_lost(self: UsedPacks) -> list[bytes]:
         return []
 
@@ -82,6 +84,8 @@ def test_a_store_away_longer_than_the_grace_between_a_dedup_hit_and_the_commit(
 def test_a_writer_asleep_between_upload_and_commit_while_its_packs_are_collected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, guarded: bool
 ) -> None:
+    """semantics: S17."""
+
     async def nothing_lost(self: UsedPacks) -> list[bytes]:
         return []
 
@@ -179,7 +183,9 @@ def test_a_writer_asleep_while_its_number_is_taken_passed_and_collected(
 @pytest.mark.parametrize("pinned", [True, False], ids=["pinned", "not pinned"])
 @pytest.mark.parametrize("what", ["unlinked", "written", "snapshot removed"])
 def test_a_stale_open_handle_while_the_image_is_collected_on_another_host(tmp_path: Path, what: str, pinned: bool) -> None:
-    """It reads what it was opened on, for as long as its host pins it; then it says that it is stale. Never anything else."""
+    """semantics: S10.
+
+    It reads what it was opened on, for as long as its host pins it; then it says that it is stale. Never anything else."""
 
     async def main() -> None:
         world = World(tmp_path)
@@ -308,6 +314,8 @@ def test_a_new_image_whose_generation_is_collected_before_it_has_its_name(
 
 @with_and_without_guard
 def test_an_import_whose_chunks_are_collected_before_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, guarded: bool) -> None:
+    """semantics: S17."""
+
     async def nothing_lost(self: UsedPacks) -> list[bytes]:
         return []
 

@@ -14,6 +14,7 @@ STEPS = st.lists(
         st.tuples(st.just("write"), st.integers(0, 400), st.integers(1, 150)),
         st.tuples(st.just("truncate"), st.integers(0, 500), st.just(0)),
         st.tuples(st.just("freeze"), st.just(0), st.just(0)),
+        st.tuples(st.just("absorb"), st.just(0), st.just(0)),
     ),
     max_size=25,
 )
@@ -25,19 +26,25 @@ def test_layers_read_like_the_bytes_that_were_written(steps: list[tuple[str, int
     base = bytes((i * 7) % 251 + 1 for i in range(base_size))
     model = bytearray(base)
     layers = [Layer()]
+    taken = 0
     for number, (kind, offset, length) in enumerate(steps):
         if kind == "write":
             data = bytes([number % 250 + 1]) * length
-            layers[-1].write(CHUNK, offset, data)
+            taken += layers[-1].write(CHUNK, offset, data)
             model.extend(bytes(max(0, offset - len(model))))
             model[offset : offset + length] = data
         elif kind == "truncate":
             if offset < len(model):
-                layers[-1].truncate(CHUNK, offset)
+                taken -= layers[-1].truncate(CHUNK, offset)
             del model[offset:]
             model.extend(bytes(offset - len(model)))
-        else:
+        elif kind == "freeze":
             layers.append(Layer())
+        else:  # the frozen ones become one, as after a commit that failed
+            for layer in layers[1:-1]:
+                taken -= layers[0].absorb(CHUNK, layer)
+            del layers[1:-1]
+        assert taken == sum(len(layer.chunks) for layer in layers) * CHUNK
     content = bytearray()
     whole = dirty.dirty_indexes(layers, CHUNK)
     for index in range((len(model) + CHUNK - 1) // CHUNK):

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.support.fault_proxy import Answer, Bandwidth, Corrupt, Cut, Delay, Hold, LoseAnswer, Reset, TcpFaultProxy
+from tests.support.fault_proxy import Answer, Bandwidth, Corrupt, Cut, Delay, Hold, HttpFaultProxy, LoseAnswer, Reset, TcpFaultProxy
 
 
 @pytest.fixture
@@ -131,3 +131,11 @@ def test_a_fault_that_did_not_fire_is_found(proxy: TcpFaultProxy) -> None:
         assert ask(one, b"a") == b"aa"
     with pytest.raises(AssertionError, match="fired 0 times, expected 1; 1 requests matched"):
         proxy.assert_all_fired()
+
+
+def test_half_a_request_whose_client_died_is_not_passed_on(server: int) -> None:
+    with HttpFaultProxy(server) as proxy, socket.create_connection(("127.0.0.1", proxy.port), timeout=30) as connection:
+        connection.sendall(b"PUT /bucket/pack HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nthe first bytes")
+        connection.shutdown(socket.SHUT_WR)
+        assert connection.recv(100) == b""
+        assert proxy.seen == []

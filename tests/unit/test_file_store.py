@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -289,3 +290,24 @@ def test_a_path_with_odd_characters_is_quoted_in_the_url(tmp_path: Path) -> None
     store = FileStore(tmp_path / "a b#c?d%")
     store.create("x", b"y")
     assert store.url == f"file://{tmp_path}/a%20b%23c%3Fd%25"
+
+
+def test_directories_nested_deeper_than_any_name_are_passed_over(store: FileStore, root: Path) -> None:
+    """By mistake or on purpose: a listing neither recurses into them nor fails at the longest path that the kernel takes."""
+    store.create("a/x", b"1")
+    deepest = "/".join("d" * 255)
+    store.create(f"{deepest}/y", b"2")
+    here = os.open(root, os.O_RDONLY)
+    try:
+        for _ in range(3000):
+            os.mkdir("d", dir_fd=here) if not os.path.lexists(f"/proc/self/fd/{here}/d") else None
+            below = os.open("d", os.O_RDONLY, dir_fd=here)
+            os.close(here)
+            here = below
+    finally:
+        os.close(here)
+    try:
+        assert [info.name for info in store.list("")] == ["a/x", f"{deepest}/y"]
+        assert [info.name for info in store.list("d", after="d/d")] == [f"{deepest}/y"]
+    finally:
+        subprocess.run(["rm", "-rf", str(root / "d")], check=True)

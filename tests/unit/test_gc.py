@@ -39,6 +39,8 @@ async def collected(world: World, volume: Volume, times: int = 3, *, everything:
 
 
 def test_a_removed_image_is_freed_in_two_passes_a_grace_apart(tmp_path: Path) -> None:
+    """semantics: S17."""
+
     async def main() -> None:
         world = World(tmp_path)
         with world.running():
@@ -449,7 +451,9 @@ def test_a_grace_shorter_than_writers_count_with_is_refused(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_a_collection_killed_before_any_of_its_calls_can_be_run_again(tmp_path: Path) -> None:
-    """Each call of the store in turn is the first that does not come through; nothing live is lost, and in the end all garbage is gone."""
+    """semantics: S17.
+
+    Each call of the store in turn is the first that does not come through; nothing live is lost, and in the end all garbage is gone."""
 
     async def scene(world: World, volume: Volume) -> None:
         await write_image(volume, "disk", {i: pattern(i) for i in range(300)})

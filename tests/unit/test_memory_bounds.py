@@ -77,6 +77,8 @@ def test_footers_that_are_remembered_are_bounded_in_rows(tmp_path: Path, monkeyp
 
 
 def test_the_maps_of_open_snapshots_are_counted_and_trimmed(tmp_path: Path) -> None:
+    """semantics: S18."""
+
     async def main() -> None:
         async with fresh_volume(tmp_path, chunk_size=CHUNK, l1__capacity="32MiB") as volume:
             await _read_a_snapshot(volume)

@@ -217,7 +217,7 @@ def test_prefetched_chunks_are_announced_as_such() -> None:
     seen: list[bool] = []
 
     class Listening(LruPolicy):
-        def insert(self, key: bytes, size: int, *, prefetched: bool = False) -> None:
+        def insert(self, key: bytes, size: int, *, prefetched: bool = False, place: int = -1) -> None:
             seen.append(prefetched)
             super().insert(key, size)
 
@@ -232,6 +232,7 @@ def test_prefetched_chunks_are_announced_as_such() -> None:
 
 
 def test_what_is_reserved_evicts_and_is_given_back() -> None:
+    """semantics: S18."""
     tier = MemoryTier(capacity_bytes=10 * (CHUNK + ENTRY_BYTES))
     for _ in range(10):
         tier.insert(new_id(), noise())
@@ -384,6 +385,7 @@ PAYLOAD = 100
 
 
 def test_the_overhead_that_is_counted_is_what_an_entry_really_costs() -> None:
+    """semantics: S18."""
     frame = encode(text(0, 1000), Codec.LZ4)
     length = len(frame.payload)
 

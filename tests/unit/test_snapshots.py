@@ -38,6 +38,7 @@ async def content(volume: Volume, entry: Entry) -> bytes:
 
 
 def test_a_clone_shares_all_and_then_goes_its_own_way(tmp_path: Path) -> None:
+    """semantics: S14."""
     data = os.urandom(50 * CHUNK + 17)
 
     async def main() -> None:
@@ -57,6 +58,8 @@ def test_a_clone_shares_all_and_then_goes_its_own_way(tmp_path: Path) -> None:
 
 
 def test_a_clone_of_an_open_image_has_what_was_written_a_moment_ago(tmp_path: Path) -> None:
+    """semantics: S14."""
+
     async def main() -> None:
         async with fresh_volume(tmp_path, chunk_size=CHUNK, writeback__interval="1h") as volume:
             one = await make(volume, "one", b"old" * 5000)
@@ -70,6 +73,8 @@ def test_a_clone_of_an_open_image_has_what_was_written_a_moment_ago(tmp_path: Pa
 
 
 def test_snapshots_keep_what_the_image_was_and_rollback_brings_it_back(tmp_path: Path) -> None:
+    """semantics: S15."""
+
     async def main() -> None:
         async with fresh_volume(tmp_path, chunk_size=CHUNK) as volume:
             entry = await make(volume, "disk", b"1" * 30000)
@@ -102,6 +107,8 @@ def test_snapshots_keep_what_the_image_was_and_rollback_brings_it_back(tmp_path:
 
 
 def test_an_open_image_is_not_rolled_back_and_a_directory_is_no_image(tmp_path: Path) -> None:
+    """semantics: S15."""
+
     async def main() -> None:
         async with fresh_volume(tmp_path, chunk_size=CHUNK) as volume:
             entry = await make(volume, "disk", b"1" * 30000)
@@ -121,7 +128,7 @@ def test_an_open_image_is_not_rolled_back_and_a_directory_is_no_image(tmp_path: 
 
 
 def test_the_cost_does_not_grow_with_the_image(tmp_path: Path) -> None:
-    """Counted, not timed: requests for a snapshot and a clone of 4 MiB and of 1 TiB."""
+    """semantics: S14. Counted, not timed: requests for a snapshot and a clone of 4 MiB and of 1 TiB."""
 
     async def requests_for(volume: Volume, name: str, size: int) -> int:
         entry = await make(volume, name, b"x" * CHUNK)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import pwd
 import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -68,6 +71,68 @@ def test_the_lock_is_held_by_one_and_names_its_holder(state: Path) -> None:
     statedir.check_free(state)
     StateLock.take(state, mountpoint="/mnt/b").release()
     assert statedir.holder(state) is None
+
+
+def test_who_only_asks_whether_it_is_held_keeps_nobody_from_taking_it(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`novafs umount` and `novafs stats` look twenty times a second; a mount that starts beside them must not be told that it is held."""
+    StateLock.take(state, mountpoint="/mnt/a").release()
+    asking = os.open(state / "lock", os.O_RDONLY)
+    fcntl.flock(asking, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    monkeypatch.setattr("time.sleep", lambda _: fcntl.flock(asking, fcntl.LOCK_UN))
+    lock = StateLock.take(state, mountpoint="/mnt/b")
+    assert statedir.holder(state) == os.getpid()
+    lock.release()
+    os.close(asking)
+
+
+def test_a_lock_file_that_was_deleted_before_it_was_locked_is_no_lock(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever came next would make another, and both would write the journal."""
+    real = fcntl.flock
+    deleted: list[int] = []
+
+    def flock(fd: int, how: int) -> None:
+        if not deleted:
+            deleted.append(fd)
+            (state / "lock").unlink()
+        real(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    lock = StateLock.take(state, mountpoint="/mnt/a")
+    assert deleted
+    with pytest.raises(BusyError):
+        StateLock.take(state, mountpoint="/mnt/b")
+    lock.release()
+
+
+def test_a_lock_that_can_not_be_made_says_what_to_do(state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (state / "lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(AccessDeniedError, match="choose another with --state-dir"):
+        StateLock.take(state, mountpoint="/mnt/a")
+    assert not (tmp_path / "elsewhere").exists()
+    (state / "lock").unlink()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "ftruncate", full)
+        lock = StateLock.take(state, mountpoint="/mnt/a")
+        assert statedir.is_locked(state), "who holds it can not be noted, and it is held all the same"
+        lock.release()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", full)
+        with pytest.raises(StoreFullError, match="make room there"):
+            StateLock.take(state, mountpoint="/mnt/a")
+        with pytest.raises(StoreFullError):
+            statedir.is_locked(state)
+
+
+def test_a_read_only_file_system_is_called_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    flags = os.statvfs(tmp_path)
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_flag=flags.f_flag | os.ST_RDONLY))
+    with pytest.raises(AccessDeniedError, match="Read-only file system"):
+        statedir.prepare(tmp_path)
 
 
 def test_a_lock_whose_holder_cannot_be_told_still_holds(state: Path) -> None:

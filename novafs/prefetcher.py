@@ -1,0 +1,413 @@
+"""Prefetch on an open volume: between what guests read, the engine that decides (`novafs.prefetch`) and the tiers.
+
+    image reads ──► touched / missed ──► log ──► PrefetchEngine ──► batches ──► ChunkCache.prefetch ──► L1
+                    (an append)                  (after the answer)   (few large range requests)
+
+What always holds: a reader never waits for anything here. A read of chunks that L1 has appends one entry to a bounded log; the
+engine sees it once the guest has its answer: at once where it missed, or used what was prefetched, else with the next few hundred
+or the next tick. Demand comes first: its requests are sent before the prefetches that it leads to, prefetches take at most half
+of the store's connections, and their frames are verified by a thread of their own. How much is in flight follows the store
+(`novafs.prefetch.pacer`), and so does how far ahead the engine looks. CPU time is measured, and kept below its share
+(`novafs.prefetch.throttle`). What goes wrong with a prefetch is counted and forgotten: the demand read that follows tells the guest.
+
+Places are of images as they are open here: the engine knows an image by a number that its node keeps while this process lives.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any, Final, NamedTuple
+
+import trio
+
+from novafs.cache.packs import Run, plan_runs
+from novafs.cache.tiered import ChunkCache
+from novafs.chunk import HOLE_BYTES, Reference
+from novafs.errors import NovaError, RetryableError
+from novafs.imagereader import ImageReader
+from novafs.prefetch.account import Settings
+from novafs.prefetch.base import INDEX_BITS, INDEX_MASK, NOTHING, Access, Fetch, Key, Place, key_of
+from novafs.prefetch.engine import PrefetchEngine
+from novafs.prefetch.pacer import Pacer
+from novafs.prefetch.throttle import Throttle
+
+log = logging.getLogger(__name__)
+
+LOG_WAKE: Final = 256
+"""Hits that wait for company: one pass over so many costs a guest's next read about 10 ms at worst, and few of them anything."""
+LOG_MAX: Final = 4096
+STEP: Final = 64
+"""Log entries worked on between two chances for readers."""
+TICK_S: Final = 0.25
+WARM_S: Final = 60.0
+WEIGH_S: Final = 10.0
+ENGINE_SHARE: Final = 8
+"""What the engine takes is counted in L1 up to one part in so many: in a tiny one its tables would leave no room."""
+IDLE_S: Final = 1.0
+"""Without a read for so long the engine may learn in slices."""
+BATCH_CHUNKS: Final = 256
+NUMBERS_MAX: Final = 4096
+NEAR: Final = 4
+"""Chunks behind a fetched one that are looked at whether they come along."""
+
+
+@contextmanager
+def harmless() -> Iterator[None]:
+    """A mistake inside costs prefetches, and neither a read, an open or a close, nor the volume."""
+    try:
+        yield
+    except Exception:
+        log.exception("prefetch: a mistake in NovaFS; please report it. Reads go on without")
+
+
+class _Entry(NamedTuple):
+    """Chunks `first` to `last` were read; those in `missing` were waited for."""
+
+    image: ImageReader
+    first: int
+    last: int
+    missing: Sequence[int]
+
+
+class Prefetcher:
+    """One per volume. Everything here runs on the trio thread; `run` is its background."""
+
+    def __init__(self, cache: ChunkCache, settings: Settings, *, requests_max: int) -> None:
+        """requests_max: how many requests the store's client sends at once, of which half may be for prefetches."""
+        capacity = max(1, cache.l1.capacity_bytes // settings.chunk_size)
+        self.engine = PrefetchEngine(capacity_chunks=capacity, settings=settings, content=self._content)
+        self.pacer = Pacer(capacity, first=BATCH_CHUNKS)
+        self.throttle = Throttle()
+        self._cache = cache
+        self._requests_max = max(1, requests_max // 2)
+        self._requests = 0
+        self._log: list[_Entry] = []
+        self._lost = 0
+        self._wake = trio.Event()
+        self._numbers: OrderedDict[bytes, int] = OrderedDict()
+        self._next_number = 1
+        self._open: dict[int, list[ImageReader]] = {}
+        """Image number → what is open of it, latest last. A snapshot's view has a number of its own."""
+        self._waiting: dict[int, list[_Entry]] = {}
+        """Images whose first read is known, and whose map is being loaded where their profile looks: what they read since."""
+        self._fresh: set[int] = set()
+        self._last_read_s = -1e9
+        self._expected = self.engine.expected
+        self._nursery: trio.Nursery | None = None
+        cache.on_evicted = self._evicted
+        cache.on_l3_read = self._l3_read
+
+    # -- what images tell ---------------------------------------------------------------------------------------
+
+    def opened(self, image: ImageReader, name: bytes) -> None:
+        """An image, or a view of a snapshot, was opened. name: what tells it from all others, and is the same at its next open."""
+        number = self._numbers.get(name)
+        if number is None:
+            number = self._numbers[name] = self._next_number
+            self._next_number += 1
+            while len(self._numbers) > NUMBERS_MAX:
+                self._numbers.popitem(last=False)
+        self._numbers.move_to_end(name)
+        image.watch_number = number
+        self._open.setdefault(number, []).append(image)
+        if len(self._open[number]) == 1:
+            self._fresh.add(number)
+            with harmless():
+                self.engine.opened(number)
+
+    def closed(self, image: ImageReader) -> None:
+        """Its last handle was closed."""
+        number = image.watch_number
+        held = self._open.get(number, [])
+        if image in held:
+            held.remove(image)
+        if not held and number in self._open:
+            with harmless():
+                self._work_off()  # what it read last belongs into its profile
+            del self._open[number]
+            self._fresh.discard(number)
+            self._waiting.pop(number, None)
+            with harmless():
+                self.engine.closed(number)
+
+    def finish(self) -> None:
+        """The volume is being closed: what is still open has been read as far as it will be."""
+        with harmless():
+            self._work_off()
+            for number in list(self._open):
+                self.engine.closed(number)
+
+    def touched(self, image: ImageReader, first: int, last: int) -> None:
+        """Chunks were read, and were all there. On the path of every read: an append."""
+        entries = self._log
+        if len(entries) >= LOG_MAX:
+            self._lost += 1
+            return
+        entries.append(_Entry(image, first, last, ()))
+        if len(entries) == LOG_WAKE or self._expected(image.watch_number << INDEX_BITS | last):
+            self._wake.set()
+
+    def missed(self, image: ImageReader, first: int, last: int, missing: Sequence[int]) -> None:
+        """Chunks are being read, and some of them must be fetched."""
+        if len(self._log) < LOG_MAX:
+            self._log.append(_Entry(image, first, last, missing))
+        else:
+            self._lost += 1
+        self._wake.set()
+
+    # -- the background -----------------------------------------------------------------------------------------
+
+    async def run(self, nursery: trio.Nursery) -> None:
+        """Work until cancelled."""
+        self._nursery = nursery
+        warm_at_s = trio.current_time() + WARM_S
+        weigh_at_s = 0.0
+        process_s = time.process_time()
+        while True:
+            with trio.move_on_after(TICK_S):
+                await self._wake.wait()
+            self._wake = trio.Event()
+            began_s = time.thread_time()
+            try:
+                while self._log:
+                    self._work_off(STEP)
+                    self._dispatch()
+                    spent_s = time.thread_time() - began_s
+                    await trio.lowlevel.checkpoint()
+                    self.throttle.account(spent_s, 0.0)
+                    began_s = time.thread_time()
+                now_s = trio.current_time()
+                if now_s >= weigh_at_s:
+                    weigh_at_s = now_s + WEIGH_S
+                    self._cache.l1.set_reserved("prefetch", min(self.engine.memory_bytes(), self._cache.l1.capacity_bytes // ENGINE_SHARE))
+                if now_s >= warm_at_s:
+                    warm_at_s = now_s + WARM_S
+                    self.engine.warm(time.time())
+                if now_s - self._last_read_s > IDLE_S and self.throttle.open:
+                    self.engine.work()
+                self._dispatch()
+            except Exception:  # a mistake here must not end the volume; it costs prefetches
+                log.exception("prefetch: a mistake in NovaFS; please report it. Reads go on without")
+                self._log.clear()
+                await trio.sleep(1)
+            before_s, process_s = process_s, time.process_time()
+            self.throttle.account(time.thread_time() - began_s, process_s - before_s)
+
+    def _work_off(self, most: int = LOG_MAX) -> None:
+        """Show the engine what was read."""
+        entries, self._log = self._log[:most], self._log[most:]
+        if not entries:
+            return
+        self._last_read_s = trio.current_time()
+        now_s = time.time()
+        for entry in entries:
+            number = entry.image.watch_number
+            if number not in self._open:
+                continue
+            if number in self._waiting:
+                self._waiting[number].append(entry)
+                del self._waiting[number][LOG_MAX:]
+            elif number in self._fresh:
+                self._begin(number, entry, now_s)
+            else:
+                self._observe(entry, now_s)
+
+    def _begin(self, number: int, entry: _Entry, now_s: float) -> None:
+        """The first read after an open. Its profile compares contents, so the map is loaded first where the profile looks."""
+        first = entry.image.entry_nowait(entry.first)
+        if first is None or first == HOLE_BYTES:
+            return
+        self._fresh.discard(number)
+        unknown = [i for i in self.engine.book.named(key_of(first)) if entry.image.entry_nowait(i) is None]
+        if not unknown or self._nursery is None:
+            self._observe(entry, now_s)
+            return
+        self._waiting[number] = [entry]
+        self._nursery.start_soon(self._load_profile, number, entry.image, unknown)
+
+    async def _load_profile(self, number: int, image: ImageReader, indexes: list[int]) -> None:
+        try:
+            await image.load_entries(indexes)
+        except NovaError as error:
+            log.debug("%s: its map could not be read ahead: %s", image.name, error)
+        except Exception:
+            log.exception("prefetch: a mistake in NovaFS; please report it. Reads go on without")
+        now_s = time.time()
+        with harmless():
+            for entry in self._waiting.pop(number, ()):
+                self._observe(entry, now_s)
+            self._dispatch()
+
+    def _observe(self, entry: _Entry, now_s: float) -> None:
+        engine, image = self.engine, entry.image
+        base = image.watch_number << INDEX_BITS
+        seen: list[tuple[int, bytes]] = []
+        for index in range(entry.first, entry.last + 1):
+            raw = image.entry_nowait(index)
+            if raw is not None and raw != HOLE_BYTES:
+                seen.append((index, raw))
+        for index, raw in seen:
+            access = Access(base | index, key_of(raw), now_s, False, index not in entry.missing, more=index != seen[-1][0])
+            if not self.throttle.open and access.hit and not engine.expected(access.place):
+                engine.skim(access)
+            else:
+                engine.observe(access)
+
+    # -- fetching -----------------------------------------------------------------------------------------------
+
+    def _dispatch(self) -> None:
+        """Send what the engine wants and the store can take."""
+        while self._nursery is not None and self.engine.waiting and self._requests < self._requests_max:
+            fetches = self.engine.take(min(BATCH_CHUNKS, self.pacer.room))
+            if not fetches:
+                return
+            self.pacer.sent(len(fetches))
+            # Until it is known how many requests they are: one.
+            self._requests += 1
+            self._nursery.start_soon(self._fetch, fetches)
+
+    async def _fetch(self, fetches: list[Fetch]) -> None:
+        sent, arrived, timed_out = len(fetches), 0, False
+        open_places = {fetch.place for fetch in fetches}
+        try:
+            places = await self._resolve(fetches)
+            extra = self._brought_along(places, plan_runs([reference for _, reference in places]))
+            self.pacer.sent(len(extra))
+            sent += len(extra)
+            open_places.update(place for place, _ in extra)
+            places += extra
+            runs = plan_runs([reference for _, reference in places])
+            while runs:
+                # As many requests as are free: one is this fetch's own. The others follow, so that no reader queues behind them all.
+                wide = max(1, min(len(runs), self._requests_max - self._requests + 1))
+                wave, runs = [places[at] for run in runs[:wide] for at in run.members], runs[wide:]
+                self._requests += wide - 1
+                try:
+                    came, late = await self._fetch_together(wave, open_places)
+                finally:
+                    self._requests -= wide - 1
+                arrived += came
+                timed_out |= late
+        except NovaError as error:
+            log.debug("a prefetch of %d chunks failed: %s", len(fetches), error)
+            timed_out = isinstance(error, RetryableError)
+        except Exception:
+            log.exception("prefetch: a mistake in NovaFS; please report it. Reads go on without")
+        finally:
+            self._requests -= 1
+            if arrived < sent:
+                self.pacer.failed(sent - arrived, trio.current_time(), timed_out=timed_out)
+            with harmless():
+                for place in open_places:
+                    self.engine.failed(place)
+        with harmless():
+            self._dispatch()
+
+    async def _fetch_together(self, places: list[tuple[Place, Reference]], open_places: set[Place]) -> tuple[int, bool]:
+        """How many came, and whether one timed out; what came is no longer open."""
+        began_s, arrived, timed_out = trio.current_time(), 0, False
+        # Apart: what comes first must not wait for the last.
+        flights = [(place, reference, self._cache.prefetch(reference, place)) for place, reference in places]
+        self._cache.start_prefetches([flight for _, _, flight in flights if flight is not None])
+        for place, reference, flight in flights:
+            if flight is None:
+                continue  # there by now
+            await flight.done.wait()
+            if flight.error is not None:
+                timed_out |= isinstance(flight.error, RetryableError)
+                continue
+            open_places.discard(place)
+            arrived += 1
+            self.engine.arrived(place, key_of(reference.chunk_id))
+        if arrived:
+            self.pacer.arrived(arrived, trio.current_time() - began_s)
+        return arrived, timed_out
+
+    async def _resolve(self, fetches: list[Fetch]) -> list[tuple[Place, Reference]]:
+        """Where the places' chunks lie, without those that are holes, here already, or of images that were closed."""
+        unknown: dict[int, list[int]] = {}
+        for fetch in fetches:
+            number, index = fetch.place >> INDEX_BITS, fetch.place & INDEX_MASK
+            if number in self._open and self._open[number][-1].entry_nowait(index) is None:
+                unknown.setdefault(number, []).append(index)
+        for number, indexes in unknown.items():
+            if number in self._open:
+                await self._open[number][-1].load_entries(indexes)
+        found: list[tuple[Place, Reference]] = []
+        for fetch in fetches:
+            number, index = fetch.place >> INDEX_BITS, fetch.place & INDEX_MASK
+            raw = self._open[number][-1].entry_nowait(index) if number in self._open else None
+            if raw is not None and raw != HOLE_BYTES and not self._cache.present(raw[:32]):
+                found.append((fetch.place, Reference.unpack(raw)))
+        return found
+
+    def _brought_along(self, places: list[tuple[Place, Reference]], runs: list[Run]) -> list[tuple[Place, Reference]]:
+        """Neighbours in the image whose frames lie in the gaps of these requests, and so come for nothing: those the gate wants."""
+        if len(runs) == len(places):
+            return []  # no request has a gap
+        spans = {run.pack_id: (run.start, run.start + run.length) for run in runs if len(run.members) > 1}
+        wanted = {place for place, _ in places}
+        found: dict[Place, Reference] = {}
+        for place, reference in places:
+            span = spans.get(reference.pack_id)
+            held = self._open.get(place >> INDEX_BITS)
+            if span is None or not held:
+                continue
+            for near in range(place + 1, place + 1 + NEAR):
+                if near in wanted:
+                    break  # what follows is its to look for
+                raw = held[-1].entry_nowait(near & INDEX_MASK)
+                if raw is None or raw == HOLE_BYTES:
+                    break
+                other = Reference.unpack(raw)
+                if other.pack_id != reference.pack_id or not span[0] <= other.offset < span[1]:
+                    break
+                if not self._cache.present(other.chunk_id):
+                    found[near] = other
+        return [(place, found[place]) for place in self.engine.offered(found)]
+
+    # -- what the cache tells -----------------------------------------------------------------------------------
+
+    def _content(self, place: Place) -> Key | None:
+        held = self._open.get(place >> INDEX_BITS)
+        if not held:
+            return NOTHING
+        raw = held[-1].entry_nowait(place & INDEX_MASK)
+        if raw is None:
+            return None
+        return NOTHING if raw == HOLE_BYTES else key_of(raw)
+
+    def _evicted(self, chunk_ids: Sequence[bytes]) -> None:
+        with harmless():
+            self.engine.evicted([key_of(chunk_id) for chunk_id in chunk_ids])
+
+    def _l3_read(self, seconds: float, demand: bool) -> None:
+        if demand:
+            with harmless():
+                self.pacer.demand(seconds, trio.current_time())
+                self.engine.set_latency(self.pacer.demand_s)
+
+    # -- figures ------------------------------------------------------------------------------------------------
+
+    def describe(self, name: bytes) -> dict[str, object]:
+        """What the engine knows of an image that was opened under `name`; empty where it was not, or not read."""
+        return self.engine.describe(self._numbers[name]) if name in self._numbers else {}
+
+    def statistics(self) -> dict[str, Any]:
+        """A JSON-able document: what was prefetched, from which source, and what became of it."""
+        found = self.engine.statistics()
+        return {
+            **asdict(found),
+            "accuracy": found.total.accuracy,
+            "coverage": found.coverage,
+            "in_flight": self.pacer.in_flight,
+            "latency_s": self.pacer.latency_s,
+            "policy_cpu_s": self.throttle.policy_s,
+            "process_cpu_s": self.throttle.process_s,
+            "log_lost": self._lost,
+        }
