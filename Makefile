@@ -14,7 +14,7 @@ PYTEST_ARGS ?=
 
 export PYTHON
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-stop demo-clean test check lint format venv constraints clean deps-demo deps-test
+.PHONY: help demo demo-stop demo-clean test torture check lint format venv constraints clean deps-demo deps-test
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +30,14 @@ demo-clean: ## unmount the demo and delete ./demo-data
 
 test: deps-test $(STAMP) ## all tests, with coverage; installs what they need
 	@tools/test.sh "$(TESTS)" "$(ALL_TESTS)" $(PYTEST_ARGS)
+
+# Kills of a mounted daemon, and how often the ordinary number of crash workloads: an hour or so. docs/testing.md, "Torture".
+KILLS ?= 2000
+TORTURE ?= 20
+
+torture: deps-test $(STAMP) ## kill -9 by the thousand, and power cuts by the hundred thousand, from new seeds
+	PATH="$(CURDIR)/$(BIN):$$PATH:/usr/sbin:/sbin" NOVAFS_TEST_KILLS=$(KILLS) NOVAFS_TEST_TORTURE=$(TORTURE) \
+		$(BIN)/python -m pytest -o timeout=0 -s tests/crash tests/integration/test_kill.py $(PYTEST_ARGS)
 
 check: lint test ## format check, ruff, mypy, import-linter, tests
 

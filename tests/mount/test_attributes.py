@@ -81,6 +81,7 @@ def test_times_move_with_writes_and_names(place: Path) -> None:
 
 
 def test_blocks_tell_what_is_stored_and_blksize_is_a_chunk(place: Path) -> None:
+    """semantics: S19."""
     sparse, zeros, noise = place / "sparse", place / "zeros", place / "noise"
     with sparse.open("wb") as file:
         file.truncate(1 << 40)
@@ -150,6 +151,7 @@ def test_other_namespaces_are_not_supported(place: Path, name: str) -> None:
 
 
 def test_figures_of_an_image_are_attributes(place: Path) -> None:
+    """semantics: S20."""
     path = place / "a.raw"
     block = os.urandom(64 << 10)
     path.write_bytes(block * 8 + b"compressible " * 40_000)

@@ -316,7 +316,7 @@ def test_many_readers_of_one_image_read_the_same(tmp_path: Path) -> None:
 
 
 def test_a_second_mount_sees_what_was_closed_in_the_first(tmp_path: Path) -> None:
-    """semantics: S8. Close-to-open (design 5.5), with the size, the pages and O_APPEND of a kernel that had cached an older generation."""
+    """semantics: S8, S13. Close-to-open (design 5.5): size, pages and O_APPEND of a kernel that had cached an older generation."""
     with mounted(tmp_path) as first, running(first.url, tmp_path / "mnt2", tmp_path / "state2") as second:
         here, there = first.path / "a.raw", second.path / "a.raw"
         here.write_bytes(b"one" * 10_000)
@@ -345,7 +345,7 @@ def test_a_second_mount_sees_what_was_closed_in_the_first(tmp_path: Path) -> Non
 
 
 def test_a_large_directory_of_another_host_shows_sizes_that_can_be_appended_to(tmp_path: Path) -> None:
-    """A listing may show hints; an open must not believe them."""
+    """semantics: S13. A listing may show hints; an open must not believe them."""
     with mounted(tmp_path) as first, running(first.url, tmp_path / "mnt2", tmp_path / "state2") as second:
         for number in range(80):
             (first.path / f"{number}").write_bytes(b"x" * number)

@@ -69,7 +69,7 @@ def test_damaged_data_is_eio_and_a_line_that_names_image_offset_and_pack(tmp_pat
 
 
 def test_a_store_that_is_away_is_eio_until_it_is_back(tmp_path: Path) -> None:
-    """semantics: S5. With `durability = "store"`: fsync and close report it, the data stays, and the next fsync stores it."""
+    """semantics: S5, S16. With `durability = "store"`: fsync and close report it, the data stays, and the next fsync stores it."""
     content = os.urandom(300_000)
     with mounted(tmp_path, "--durability", "store", "--set", "store.io_timeout=1s") as mount:
         path = mount.path / "a.raw"
@@ -152,6 +152,7 @@ def test_other_users_see_the_mount_only_with_allow_other_and_within_their_permis
 
 
 def test_an_image_removed_by_another_host_is_stale_or_missing_but_never_wrong(tmp_path: Path) -> None:
+    """semantics: S10."""
     with mounted(tmp_path) as first, running(first.url, tmp_path / "mnt2", tmp_path / "state2") as second:
         (first.path / "a.raw").write_bytes(b"old")
         assert (second.path / "a.raw").read_bytes() == b"old"

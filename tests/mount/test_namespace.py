@@ -181,6 +181,7 @@ def test_an_unlinked_open_image_lives_until_it_is_closed(place: Path) -> None:
 
 
 def test_what_a_volume_does_not_hold_is_refused(place: Path) -> None:
+    """semantics: S21."""
     (place / "a.raw").write_bytes(b"x")
     with fails(errno.EPERM):
         (place / "link").symlink_to("a.raw")

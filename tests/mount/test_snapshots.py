@@ -38,6 +38,7 @@ def write(path: Path, offset: int, data: bytes) -> None:
 
 
 def test_a_snapshot_taken_while_mounted_is_readable_and_read_only(mounted: Mount) -> None:
+    """semantics: S14."""
     disk = mounted.path / "web" / "disk.raw"
     disk.parent.mkdir()
     old = os.urandom(300_000)
@@ -78,6 +79,7 @@ def test_a_snapshot_taken_while_mounted_is_readable_and_read_only(mounted: Mount
 
 
 def test_a_clone_made_while_mounted_appears_at_once(mounted: Mount) -> None:
+    """semantics: S14."""
     data = os.urandom(200_000)
     write(mounted.path / "a.raw", 0, data)
     made = answer(mounted, "clone", "a.raw", "b.raw")
@@ -92,6 +94,7 @@ def test_a_clone_made_while_mounted_appears_at_once(mounted: Mount) -> None:
 
 
 def test_rollback_is_refused_while_open_and_replaces_the_content_when_closed(mounted: Mount) -> None:
+    """semantics: S15."""
     disk = mounted.path / "disk.raw"
     old, new = os.urandom(150_000), os.urandom(90_000)
     write(disk, 0, old)

@@ -38,6 +38,7 @@ def test_what_was_closed_on_one_host_is_seen_by_the_next_open_on_the_other(pair:
 
 
 def test_pages_that_the_other_kernel_cached_are_dropped(pair: tuple[Mount, Mount]) -> None:
+    """semantics: S8."""
     one, two = pair
     data = bytearray(os.urandom(MB))
     (one.path / "a.raw").write_bytes(data)
@@ -91,6 +92,7 @@ def test_a_handle_that_was_overtaken_must_be_reopened_before_it_writes(pair: tup
 
 
 def test_names_made_removed_and_moved_on_one_host_are_seen_on_the_other(pair: tuple[Mount, Mount]) -> None:
+    """semantics: S8."""
     one, two = pair
     (one.path / "web").mkdir()
     (one.path / "web" / "a.raw").write_bytes(b"a")

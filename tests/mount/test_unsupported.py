@@ -34,6 +34,7 @@ def fails(number: int) -> pytest.RaisesExc[OSError]:
 
 @pytest.mark.parametrize("mode", FALLOC.values(), ids=FALLOC)
 def test_fallocate_is_eopnotsupp(fd: int, mode: int) -> None:
+    """semantics: S21."""
     libc = ctypes.CDLL(None, use_errno=True)
     assert libc.fallocate(fd, mode, ctypes.c_long(0), ctypes.c_long(65536)) == -1
     assert ctypes.get_errno() == errno.EOPNOTSUPP
@@ -47,6 +48,7 @@ def test_posix_fallocate_falls_back_to_writing(fd: int) -> None:
 
 
 def test_seek_hole_shows_data_to_the_end(fd: int) -> None:
+    """semantics: S21."""
     os.ftruncate(fd, 10 << 20)
     assert os.lseek(fd, 5 << 20, os.SEEK_DATA) == 5 << 20
     assert os.lseek(fd, 0, os.SEEK_HOLE) == 10 << 20
@@ -55,6 +57,7 @@ def test_seek_hole_shows_data_to_the_end(fd: int) -> None:
 
 
 def test_copy_file_range_within_the_mount_copies(fd: int, place: Path) -> None:
+    """semantics: S21."""
     target = os.open(place / "b.raw", os.O_RDWR | os.O_CREAT)
     done = 0
     while done < 100_000:
@@ -71,6 +74,7 @@ def test_copy_file_range_to_another_file_system_is_exdev(fd: int, tmp_path: Path
 
 
 def test_reflinks_are_refused(fd: int, place: Path) -> None:
+    """semantics: S21."""
     target = os.open(place / "b.raw", os.O_RDWR | os.O_CREAT)
     with pytest.raises(OSError) as found:
         fcntl.ioctl(target, FICLONE, fd)
@@ -80,21 +84,25 @@ def test_reflinks_are_refused(fd: int, place: Path) -> None:
 
 @pytest.mark.parametrize(("request_", "size"), [(FS_IOC_GETFLAGS, 8), (BLKGETSIZE64, 8)])
 def test_ioctls_are_enotty(fd: int, request_: int, size: int) -> None:
+    """semantics: S21."""
     with fails(errno.ENOTTY):
         fcntl.ioctl(fd, request_, bytes(size))
 
 
 def test_fiemap_is_eopnotsupp(fd: int) -> None:
+    """semantics: S21."""
     with fails(errno.EOPNOTSUPP):
         fcntl.ioctl(fd, FS_IOC_FIEMAP, bytes(32))
 
 
 def test_an_unnamed_file_is_eopnotsupp(place: Path) -> None:
+    """semantics: S21."""
     with fails(errno.EOPNOTSUPP):
         os.open(place, os.O_TMPFILE | os.O_RDWR)
 
 
 def test_locks_are_kept_by_this_kernel(fd: int, place: Path) -> None:
+    """semantics: S21."""
     other = os.open(place / "a.raw", os.O_RDWR)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -111,18 +119,20 @@ def test_locks_are_kept_by_this_kernel(fd: int, place: Path) -> None:
 
 
 def test_poll_is_always_ready(fd: int) -> None:
+    """semantics: S21."""
     poll = select.poll()
     poll.register(fd, select.POLLIN | select.POLLOUT)
     assert poll.poll(0) == [(fd, select.POLLIN | select.POLLOUT)]
 
 
 def test_non_waiting_reads_are_eopnotsupp(fd: int) -> None:
+    """semantics: S21."""
     with fails(errno.EOPNOTSUPP):
         os.preadv(fd, [bytearray(4096)], 0, os.RWF_NOWAIT)
 
 
 def test_syncfs_and_sync_file_range_succeed_and_promise_nothing(fd: int) -> None:
-    """FUSE has no request for them (SYNCFS is virtiofs's): fsync is what makes data durable."""
+    """semantics: S21. FUSE has no request for them (SYNCFS is virtiofs's): fsync is what makes data durable."""
     libc = ctypes.CDLL(None, use_errno=True)
     assert libc.syncfs(fd) == 0
     assert libc.sync_file_range(fd, ctypes.c_long(0), ctypes.c_long(4096), 7) == 0

@@ -1,0 +1,88 @@
+"""fio's 4 KiB random writes, each fsynced: the mount beside the file system that its journal is on, in one run, interleaved.
+
+    python -m tests.bench.fsync_ratio [--rounds 7] [--seconds 3] [--durability journal|store] [--delay-ms 20] [--json]
+
+The store is a Ceph RADOS Gateway behind a relay that delays every answer. A disk's own speed moves from second to second, so
+host and mount take turns and each round gives one ratio; the median of the rounds is the figure. For durability "store" the
+figure is the IOPS itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import trio
+
+from tests.bench.relay import relay
+from tests.support.ceph import Ceph
+from tests.support.engine import make_volume
+from tests.support.mounted import running
+
+SIZE = "64M"
+
+
+class Round(NamedTuple):
+    """IOPS, and mean latencies in microseconds."""
+
+    iops: float
+    write_us: float
+    sync_us: float
+
+
+def fio(path: Path, seconds: float) -> Round:
+    """4 KiB random writes, `fsync=1`, one at a time."""
+    options = ["--rw=randwrite", "--bs=4k", "--fsync=1", "--ioengine=psync", f"--runtime={seconds}", "--time_based", "--output-format=json"]
+    done = subprocess.run(["fio", "--name=w", f"--filename={path}", f"--size={SIZE}", *options], capture_output=True, text=True, check=True)
+    job = json.loads(done.stdout)["jobs"][0]
+    return Round(job["write"]["iops"], job["write"]["clat_ns"]["mean"] / 1e3, job["sync"]["lat_ns"]["mean"] / 1e3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=3)
+    parser.add_argument("--durability", choices=("journal", "store"), default="journal")
+    parser.add_argument("--delay-ms", type=float, default=20)
+    parser.add_argument("--directory", type=Path, default=Path("/var/tmp"), help="on a real disk: the journal and the host's file go there")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.directory) as name, Ceph() as ceph:
+        directory = Path(name)
+        os.environ.update(ceph.environment)
+        ceph.make_bucket("fsync")
+        with relay(ceph.port, delay_ms=arguments.delay_ms) as port:
+            url = ceph.volume_url("fsync", endpoint=f"http://127.0.0.1:{port}")
+            trio.run(lambda: make_volume(url))
+            with running(url, directory / "mnt", directory / "state", "--durability", arguments.durability) as mount:
+                rounds = []
+                fio(mount.path / "disk.raw", 1)  # the file's layout is no part of the figure
+                for _ in range(arguments.rounds):
+                    rounds.append((fio(directory / "host.raw", arguments.seconds), fio(mount.path / "disk.raw", arguments.seconds)))
+                mount.unmount()
+                mount.wait()
+    result = {
+        "host_iops": statistics.median(host.iops for host, _ in rounds),
+        "mount_iops": statistics.median(mine.iops for _, mine in rounds),
+        "ratio": statistics.median(mine.iops / host.iops for host, mine in rounds),
+        "rounds": [(host._asdict(), mine._asdict()) for host, mine in rounds],
+    }
+    if arguments.json:
+        print(json.dumps(result))
+        return
+    for host, mine in rounds:
+        print(
+            f"host {host.iops:7.0f} IOPS (write {host.write_us:5.0f} µs, fsync {host.sync_us:6.0f})   "
+            f"mount {mine.iops:7.0f} (write {mine.write_us:5.0f}, fsync {mine.sync_us:6.0f})   ratio {mine.iops / host.iops:.2f}"
+        )
+    print(f"median: host {result['host_iops']:.0f}, mount {result['mount_iops']:.0f}, ratio {result['ratio']:.2f}")
+
+
+if __name__ == "__main__":
+    main()
