@@ -50,7 +50,7 @@ ENGINE_SHARE: Final = 8
 """What the engine takes is counted in L1 up to one part in so many: in a tiny one its tables would leave no room."""
 IDLE_S: Final = 1.0
 """Without a read for so long the engine may learn in slices."""
-BATCH_CHUNKS: Final = 256
+BATCH_CHUNKS: Final = 512
 NUMBERS_MAX: Final = 4096
 NEAR: Final = 4
 """Chunks behind a fetched one that are looked at whether they come along."""

@@ -154,7 +154,7 @@ class PrefetchEngine:
         image.watch.observe(access.time_s, in_run=image.streams.run > 1)
         image.daily.observe(access.time_s, place & INDEX_MASK, access.key)
         # While a profile is replayed and holds, it has named what comes next: to judge others would cost as much as a fetch.
-        replayed = issue is not None and issue.origin is Origin.PROFILE and not missed
+        replayed = not missed and (image.replaying > 0 or (issue is not None and issue.origin is Origin.PROFILE))
         if not access.more and not replayed:
             image.governor.update(image.base_misses, image.misses, self._presence.displaced(self._judge.life))
             wanted = self._judge.consider(image, place, tick, age, echoed, self._presence.places, missed=missed)
@@ -162,7 +162,8 @@ class PrefetchEngine:
                 self._decide(image, wanted)
 
     def skim(self, access: Access) -> None:
-        """A hit of which only the least is noted: that the chunk is in use. For hits above the CPU budget (`throttle.py`).
+        """A hit of which only the least is noted: that the chunk is in use, and after an open in which order. For hits above the CPU
+        budget (`throttle.py`).
 
         The first use of a prefetch, or anything but a hit, must go to `observe`; `expected` tells.
         """
@@ -170,6 +171,8 @@ class PrefetchEngine:
         if self._shadow.observe(access.place) and image is not None:
             image.base_misses += self._shadow.weight
         self._judge.skimmed(access.place, self._tick)
+        if image is not None and image.recorder is not None:
+            self._record(image, access.place, access.key)
 
     def work(self) -> bool:
         """A slice of learning that can wait (about 10 ms): call it when there is CPU time to spare. False if there is nothing to do."""

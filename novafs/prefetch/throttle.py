@@ -11,7 +11,7 @@ from typing import Final
 SHARE: Final = 0.05
 CREDIT_S_MAX: Final = 0.25
 """CPU seconds that may be saved up in quiet times."""
-CREDIT_S_FIRST: Final = 0.02
+CREDIT_S_FIRST: Final = 0.0
 
 
 class Throttle:
