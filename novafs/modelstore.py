@@ -105,7 +105,9 @@ class ModelStore:
                 await self.share()
 
     async def share(self) -> None:
-        """Bring L2's copy up to date."""
+        """Bring L2's copy up to date, where there is an L2 that answers."""
+        if self._l2 is None or not self._l2.up or self._read_only:
+            return
         with harmless():
             await self._share()
 

@@ -110,7 +110,7 @@ class Bench:
 
 
 @contextmanager
-def juicefs(program: str, directory: Path, endpoint: str, ceph: Ceph, redis_port: int) -> Iterator[Path]:
+def juicefs(program: str, directory: Path, redis_port: int) -> Iterator[Path]:
     """JuiceFS mounted with an empty cache."""
     cache = Path(tempfile.mkdtemp(dir=directory))
     path = directory / "jfs"
@@ -172,7 +172,7 @@ def main() -> None:
                 check=True,
                 capture_output=True,
             )
-            with juicefs(arguments.juicefs, directory, "", ceph, redis.port) as path:
+            with juicefs(arguments.juicefs, directory, redis.port) as path:
                 subprocess.run(["cp", "--sparse=always", str(image), str(path / "one.raw")], check=True)
         for number in range(arguments.rounds):
             one: dict[str, Any] = {
@@ -180,7 +180,7 @@ def main() -> None:
                 "off": bench.novafs("one.raw", "--set", "prefetch.enabled=false"),
             }
             if arguments.juicefs:
-                with juicefs(arguments.juicefs, directory, "", ceph, redis.port) as path:
+                with juicefs(arguments.juicefs, directory, redis.port) as path:
                     one["juicefs"] = {"cold": replay(trace, path / "one.raw"), "warm": replay(trace, path / "one.raw")}
             rounds.append(one)
             if not arguments.json:
