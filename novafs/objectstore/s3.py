@@ -34,6 +34,7 @@ from novafs.objectstore.base import ObjectInfo, ObjectStore, StoreUsage
 from novafs.objectstore.names import check_name, check_prefix, check_range, is_name
 from novafs.objectstore.options import StoreOptions
 from novafs.objectstore.probe import probe_create_only
+from novafs.objectstore.s3direct import Answer, DirectRequests
 from novafs.objectstore.s3http import acknowledge_at_once
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ class S3Store(ObjectStore):
         self._profile = profile
         self._options = options or StoreOptions()
         self._made: S3Client | None = None
+        self._direct: DirectRequests | None = None
 
     # ---- the contract
 
@@ -112,6 +114,8 @@ class S3Store(ObjectStore):
         ranged: dict[str, Any] = {} if whole else {"Range": f"bytes={start}-{'' if length is None else start + length - 1}"}
 
         def work(client: S3Client) -> bytes:
+            if (quick := self._quick("GET", name, ranged)) is not None:
+                return self._wanted(name, quick.body, quick.content_length, quick.headers.get("Content-Range", ""), start, length)
             try:
                 answer = client.get_object(Bucket=self._bucket, Key=self._root + name, **ranged)
             except ClientError as error:
@@ -129,10 +133,12 @@ class S3Store(ObjectStore):
             data = stream.read()  # raises where the body is shorter than its Content-Length
         finally:
             stream.close()
-        content_range = answer.get("ContentRange", "")
+        return self._wanted(name, data, answer.get("ContentLength", len(data)), answer.get("ContentRange", ""), start, length)
+
+    def _wanted(self, name: str, data: bytes, content_length: int, content_range: str, start: int, length: int | None) -> bytes:
         if not content_range:
             # The whole object; a server may ignore the range that it was asked for.
-            self._check_length(name, answer.get("ContentLength", len(data)), len(data))
+            self._check_length(name, content_length, len(data))
             return data if start == 0 and length is None else data[start : None if length is None else start + length]
         parts = _CONTENT_RANGE.fullmatch(content_range)
         if parts is None or int(parts[1]) != start or (length is not None and int(parts[2]) >= start + length):
@@ -156,6 +162,8 @@ class S3Store(ObjectStore):
         check_name(name)
 
         def work(client: S3Client) -> None:
+            if self._quick("PUT", name, {"If-None-Match": "*"}, data) is not None:
+                return
             for attempt in range(1, CONFLICTS_MAX + 1):
                 try:
                     answer = client.put_object(Bucket=self._bucket, Key=self._root + name, Body=data, IfNoneMatch="*")
@@ -288,6 +296,10 @@ class S3Store(ObjectStore):
 
     # ---- below
 
+    def _quick(self, method: str, name: str, headers: Mapping[str, str], data: bytes = b"") -> Answer | None:
+        """See `s3direct`; within `_call`. None: ask the SDK."""
+        return self._direct.send(method, self._root + name, headers, data) if self._direct is not None else None
+
     def _client(self) -> S3Client:
         made = self._made
         if made is None:
@@ -320,6 +332,7 @@ class S3Store(ObjectStore):
         # "Expect: 100-continue" costs a round trip for every write, to save a body in the rare case that the write is refused.
         client.meta.events.register_last("before-call.s3", _without_expect)
         acknowledge_at_once(client)
+        self._direct = DirectRequests.of(client, session.get_credentials(), self._bucket)
         return client
 
     def _call(self, work: Callable[[S3Client], T], doing: str, name: str | None = None, *, missing_is_bucket: bool = False) -> T:

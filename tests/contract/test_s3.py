@@ -10,8 +10,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from botocore.credentials import Credentials
 
-from novafs.errors import ConfigError, StoreDeniedError
+from novafs.errors import ConfigError, ObjectExistsError, ObjectNotFoundError, StoreDeniedError
 from novafs.objectstore import s3, s3http
 from novafs.objectstore.s3 import S3Store, parse_time
 from novafs.objectstore.url import open_store, parse_store_url
@@ -183,3 +184,56 @@ def test_the_cluster_of_the_tests_survives_its_gateway(ceph_rgw: Ceph) -> None:
         assert ceph.client().get_object(Bucket="bucket", Key="a")["Body"].read() == b"x"
         directory = ceph.directory
     assert not directory.exists()
+
+
+def sdk_calls(store: S3Store) -> list[str]:
+    """The operations that the SDK is asked for from here on."""
+    asked: list[str] = []
+    store._client().meta.events.register("before-call.s3", lambda model, **_: asked.append(model.name))
+    return asked
+
+
+@pytest.mark.parametrize("beyond", ["", "/a b'(1)~+%20&=ä"])
+def test_reads_and_creates_of_objects_spare_the_work_of_the_sdk(ceph_rgw: Ceph, s3_prefix: str, beyond: str) -> None:
+    store = S3Store("s3://", BUCKET, s3_prefix + beyond, endpoint=ceph_rgw.endpoint, region="us-east-1")
+    asked = sdk_calls(store)
+    store.create("packs/a-b.c", b"0123456789")
+    assert store.get("packs/a-b.c") == b"0123456789"
+    assert store.get("packs/a-b.c", 3, 4) == b"3456"
+    assert store.get("packs/a-b.c", 3) == b"3456789"
+    assert asked == []
+    assert [row.name for row in store.list("")] == ["packs/a-b.c"]
+    store.close()
+
+
+def test_what_is_no_plain_success_is_asked_of_the_sdk_and_told_as_ever(store: S3Store) -> None:
+    store.create("a", b"x")
+    asked = sdk_calls(store)
+    with pytest.raises(ObjectExistsError):
+        store.create("a", b"y")
+    with pytest.raises(ObjectNotFoundError):
+        store.get("b")
+    assert store.get("a", 1, 5) == b""
+    assert asked == ["PutObject", "GetObject", "GetObject"]
+    assert store.get("a") == b"x"
+    assert len(asked) == 3
+
+
+def test_three_refusals_in_a_row_leave_all_to_the_sdk(ceph_rgw: Ceph, s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = open_store(s3_url)
+    good.create("a", b"x")
+    store = open_store(s3_url)
+    assert isinstance(store, S3Store)
+    asked = sdk_calls(store)
+    direct = store._direct
+    assert direct is not None
+    monkeypatch.setattr(direct, "_region", "elsewhere-1")
+    monkeypatch.setattr(direct, "_credentials", Credentials("nobody", "nothing"))
+    for _ in range(5):
+        assert store.get("a") == b"x"
+    assert asked == ["GetObject"] * 5
+    monkeypatch.undo()
+    assert store.get("a") == b"x"
+    assert len(asked) == 6, "it was tried again"
+    store.close()
+    good.close()
