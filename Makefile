@@ -14,7 +14,7 @@ PYTEST_ARGS ?=
 
 export PYTHON
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-stop demo-clean test torture check lint format venv constraints clean deps-demo deps-test
+.PHONY: help demo demo-stop demo-clean test torture check lint format venv generated constraints clean deps-demo deps-test
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +52,11 @@ format: deps-demo $(STAMP) ## rewrite the source in the one format, and mend wha
 	$(BIN)/ruff check --fix $(SOURCES)
 
 venv: deps-demo $(STAMP) ## only the virtual environment
+
+generated: deps-demo $(STAMP) ## write anew what is generated from the code: docs/configuration.md, docs/metrics.md, manual pages
+	$(BIN)/python -m novafs.config --markdown >docs/configuration.md.new && mv docs/configuration.md.new docs/configuration.md
+	$(BIN)/python -m novafs.metrics >docs/metrics.md.new && mv docs/metrics.md.new docs/metrics.md
+	$(BIN)/python -m novafs.cli.manpages docs/man
 
 constraints: deps-demo ## write constraints.txt anew from what PyPI has today
 	@tools/constraints.sh

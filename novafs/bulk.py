@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Final
@@ -21,8 +21,8 @@ from novafs.chunk import HOLE_BYTES, Reference
 from novafs.errors import SourceError
 from novafs.generation import Generation
 from novafs.image import Image
-from novafs.imagemap import MapBuilder
-from novafs.packwriter import PacksLostError, PackWriter, Prepared
+from novafs.imagemap import MapBuilder, MapState
+from novafs.packwriter import PacksLostError, PackWriter, Prepared, UsedPacks, WriteCounts
 from novafs.revisions import new_nonce
 from novafs.volume import Volume
 
@@ -58,33 +58,45 @@ class _Batch:
         self.ready.set()
 
 
-async def import_stream(
+@dataclass(frozen=True, slots=True)
+class StoredContent:
+    """Content that is stored and has no name yet.
+
+    generation: the first of a new image, not created. counts, used: of all that was stored together with it.
+    """
+
+    generation: Generation
+    counts: WriteCounts
+    used: UsedPacks
+
+    async def confirm(self) -> None:
+        """Raises PacksLostError where a collection has taken a pack meanwhile."""
+        if gone := await self.used.lost():
+            raise PacksLostError(gone, committed=True)
+
+
+async def store_content(
     volume: Volume,
-    parent_id: bytes,
-    name: str,
     source: AsyncIterator[tuple[int, bytes]],
     *,
     size: int | None,
     workers: int = 4,
     progress: Callable[[int], None] = lambda _: None,
-    mode: int = 0o644,
-    uid: int = 0,
-    gid: int = 0,
-    replace: bool = False,
-) -> ImportResult:
-    """Make image `name` from `source`, which yields ascending, disjoint runs (offset, data); what lies between is zero.
+    cache: bool = False,
+) -> StoredContent:
+    """Store what `source` yields: ascending, disjoint runs (offset, data); what lies between is zero.
 
-    size: bytes, or None where the end of the last run is the end of the image. progress: called with the bytes of
-    the image that are behind. Raises SourceError (runs out of order, or beyond `size`), and what the store raises.
+    size: bytes, or None where the end of the last run is the end of the content. progress: called with the bytes of
+    it that are behind. cache: what is stored goes into L1 and L2 as well. Raises SourceError (runs out of order, or beyond `size`),
+    and what the store raises.
     """
-    started = time.monotonic()
     chunk_size = volume.chunk_size
     await volume.dedup.fill()
     per_batch = max(1, BATCH_BYTES // chunk_size)
     waiting: deque[_Batch] = deque()
     stored = allocated = 0
 
-    async with volume.pack_writer(cache=False) as writer, open_nursery() as nursery:
+    async with volume.pack_writer(cache=cache) as writer, open_nursery() as nursery:
         builder = MapBuilder(None if size is None else (size + chunk_size - 1) // chunk_size, writer.put_blob)
 
         async def settle(keep: int) -> None:
@@ -119,29 +131,74 @@ async def import_stream(
         await writer.finish()
         counts, used = writer.counts, writer.used
 
-    async def confirm() -> None:
-        if gone := await used.lost():
-            raise PacksLostError(gone, committed=True)
+    return StoredContent(_first(length, state, stored, allocated), counts, used)
 
+
+def _first(size: int, state: MapState, stored_bytes: int, allocated_chunks: int) -> Generation:
+    """The first generation of a new image with this content."""
     now = time.time_ns()
-    generation = Generation(
+    return Generation(
         image_id=secrets.token_bytes(16),
         counter=0,
         nonce=new_nonce(),
-        size=length,
+        size=size,
         mtime_ns=now,
         ctime_ns=now,
         committed_ns=now,
         levels=state.levels,
         top=state.top,
-        stored_bytes=stored,
-        allocated_chunks=allocated,
+        stored_bytes=stored_bytes,
+        allocated_chunks=allocated_chunks,
     )
-    await volume.create(parent_id, name, mode=mode, uid=uid, gid=gid, generation=generation, replace=replace, confirm=confirm)
-    progress(length)
+
+
+async def store_values(volume: Volume, values: Sequence[bytes], *, cache: bool = False) -> list[StoredContent]:
+    """Store several contents in as few packs as they take; for those that are in memory anyway. Raises what the store raises."""
+    chunk_size = volume.chunk_size
+    per_batch = max(1, BATCH_BYTES // chunk_size)
+    await volume.dedup.fill()
+    made: list[Generation] = []
+    async with volume.pack_writer(cache=cache) as writer:
+        for data in values:
+            chunks = (len(data) + chunk_size - 1) // chunk_size
+            builder, stored, allocated = MapBuilder(chunks, writer.put_blob), 0, 0
+            for first in range(0, chunks, per_batch):
+                starts = range(first * chunk_size, min(first + per_batch, chunks) * chunk_size, chunk_size)
+                plains = [data[start : start + chunk_size].ljust(chunk_size, b"\0") for start in starts]
+                for index, entry in enumerate(await writer.put(plains), first):
+                    if entry != HOLE_BYTES:
+                        stored += Reference.unpack(entry).length
+                        allocated += 1
+                        await builder.add(index, entry)
+            made.append(_first(len(data), await builder.finish(chunks), stored, allocated))
+        await writer.finish()
+        counts, used = writer.counts, writer.used
+    return [StoredContent(generation, counts, used) for generation in made]
+
+
+async def import_stream(
+    volume: Volume,
+    parent_id: bytes,
+    name: str,
+    source: AsyncIterator[tuple[int, bytes]],
+    *,
+    size: int | None,
+    workers: int = 4,
+    progress: Callable[[int], None] = lambda _: None,
+    mode: int = 0o644,
+    uid: int = 0,
+    gid: int = 0,
+    replace: bool = False,
+) -> ImportResult:
+    """Make image `name` from `source`; arguments and errors of `store_content`, and of `Volume.create`."""
+    started = time.monotonic()
+    content = await store_content(volume, source, size=size, workers=workers, progress=progress)
+    first, counts = content.generation, content.counts
+    await volume.create(parent_id, name, mode=mode, uid=uid, gid=gid, generation=first, replace=replace, confirm=content.confirm)
+    progress(first.size)
     return ImportResult(
-        size=length,
-        allocated_bytes=allocated * chunk_size,
+        size=first.size,
+        allocated_bytes=first.allocated_chunks * volume.chunk_size,
         new_chunks=counts.new_chunks,
         dedup_chunks=counts.dedup_chunks,
         stored_bytes=counts.stored_bytes,

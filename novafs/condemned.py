@@ -59,7 +59,7 @@ class DamagedFrames(msgspec.Struct, frozen=True, array_like=True):
 
 class CondemnedRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One state of the list. moved: ids of the packs that have a forward (16 bytes each), one after the other;
-    summary: figures of the last complete collection (`novafs.gc.GcReport`)."""
+    summary: figures of the last complete collection (`novafs.gc.GcReport`); past: what it knew of dead packs (`novafs.packscore`)."""
 
     counter: int
     nonce: bytes
@@ -69,6 +69,7 @@ class CondemnedRecord(msgspec.Struct, frozen=True, kw_only=True):
     moved: bytes = b""
     damaged: list[DamagedFrames] = []
     summary: dict[str, float] = {}
+    past: bytes = b""
 
 
 class CondemnedHead(NamedTuple):
@@ -79,6 +80,7 @@ class CondemnedHead(NamedTuple):
     moved: frozenset[bytes]
     damaged: dict[bytes, frozenset[bytes]]
     summary: dict[str, float]
+    past: bytes = b""
 
 
 def condemned_chain(
@@ -104,7 +106,7 @@ def _open(head: Head[CondemnedRecord], written_s: float) -> CondemnedHead:
     record = head.record
     packs = {p.pack_id: p if p.since_s else msgspec.structs.replace(p, since_s=written_s) for p in record.packs}
     damaged = {d.pack_id: frozenset(cut(d.chunk_ids, ID_SIZE)) for d in record.damaged}
-    return CondemnedHead(head, packs, frozenset(cut(record.moved, PACK_ID_SIZE)), damaged, record.summary)
+    return CondemnedHead(head, packs, frozenset(cut(record.moved, PACK_ID_SIZE)), damaged, record.summary, record.past)
 
 
 EMPTY: Final = CondemnedHead(None, {}, frozenset(), {}, {})
@@ -153,6 +155,7 @@ async def edit_condemned(client: StoreClient, edit: Edit, *, grace_s: float = GR
             moved=b"".join(sorted(wanted.moved)),
             damaged=[DamagedFrames(p, b"".join(sorted(ids))) for p, ids in sorted(wanted.damaged.items()) if ids],
             summary=wanted.summary,
+            past=wanted.past,
         )
         try:
             await chain.commit(base.head, record)

@@ -100,6 +100,21 @@ class GcConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class LogConfig:
+    """level: "error", "warning", "info" or "debug". format: see the key."""
+
+    level: str
+    format: str
+
+
+@dataclass(frozen=True, slots=True)
+class LearningConfig:
+    """What all models share. rate: a multiple; 0: nothing is learned."""
+
+    rate: float
+
+
+@dataclass(frozen=True, slots=True)
 class PrefetchConfig:
     """window: chunks; window_bytes: what it grows to. accuracy_target, aggression: 0 to 1.
 
@@ -136,6 +151,9 @@ class Config:
     durability: str
     dedup: bool
     metrics: str
+    mountpoint: Path | None
+    mount_options: str
+    log: LogConfig
     l1: L1Config
     l2: L2Config
     l3: L3Config
@@ -144,6 +162,7 @@ class Config:
     lease: LeaseConfig
     gc: GcConfig
     prefetch: PrefetchConfig
+    learning: LearningConfig
     config_file: Path | None = None
     origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
@@ -278,7 +297,7 @@ def _read_file(path: Path) -> dict[str, _Raw]:
         raise ConfigError(f"cannot read the configuration file {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is no TOML file: {error}") from error
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError, a number of thousands of digits, tables without end
         raise ConfigError(f"{path} is no TOML file: {error}") from error
     lines = _lines_of_keys(text)
     found: dict[str, _Raw] = {}
@@ -407,6 +426,7 @@ def _build(values: Mapping[str, Any], **rest: Any) -> Config:
         parts.setdefault(section, {})[name] = values[key.name]
     return Config(
         **parts[""],
+        log=LogConfig(**parts["log"]),
         l1=L1Config(**parts["l1"]),
         l2=L2Config(**parts["l2"]),
         l3=L3Config(**parts["l3"]),
@@ -415,6 +435,7 @@ def _build(values: Mapping[str, Any], **rest: Any) -> Config:
         lease=LeaseConfig(**parts["lease"]),
         gc=GcConfig(**parts["gc"]),
         prefetch=PrefetchConfig(**parts["prefetch"]),
+        learning=LearningConfig(**parts["learning"]),
         **rest,
     )
 

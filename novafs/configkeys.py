@@ -66,6 +66,21 @@ def redact(url: str) -> str:
     return _SECRET_PARAMETER.sub(r"\1***", _USERINFO.sub(r"\1***@", url))
 
 
+_SECRETS_IN_TEXT: Final = (
+    # A password of Redis may hold what a URL must quote, and people do not; in other URLs an `@` may belong to a path.
+    (re.compile(r"\b((?:rediss?|valkeys?|unix)(?:\+[a-z]+)?://)\S*@", re.IGNORECASE), r"\1***@"),
+    (re.compile(r"\b([A-Za-z][A-Za-z0-9+.-]*://)[^\s/@]*@"), r"\1***@"),
+    (re.compile(r"([?&][^=&\s]*(?:password|passwd|secret|token)[^=&\s]*=)[^&\s]*", re.IGNORECASE), r"\1***"),
+)
+
+
+def redact_text(text: str) -> str:
+    """A text in the middle of which there may be URLs, redacted as by `redact`."""
+    for pattern, replacement in _SECRETS_IN_TEXT:
+        text = pattern.sub(replacement, text)
+    return text
+
+
 class Kind(ABC):
     """How one type of value is read and shown. `parse` takes what TOML gives, or a str from flag or environment."""
 
@@ -259,7 +274,28 @@ class Choice(Kind):
         return word
 
 
+@dataclass(frozen=True)
+class MountWords(Kind):
+    """Words for `-o` of a mount, as str. Settings have keys of their own and are refused here."""
+
+    metavar = "OPTS"
+
+    @property
+    def allowed(self) -> str:
+        return "options of a mount with commas between them: allow_other, ro, uid=, gid=, umask=, fsname=, busy_timeout="
+
+    def read(self, text: str) -> str:
+        from novafs.mountoptions import parse_mount_options
+
+        parsed = parse_mount_options([text])
+        if parsed.settings:
+            raise ConfigError(f"{next(iter(parsed.settings))} is a key of its own")
+        return text
+
+
 POLICY_NAMES: Final = ("lru", "learned", "2q", "wtinylfu", "s3fifo", "linear8")
+LOG_LEVELS: Final = ("error", "warning", "info", "debug")
+LOG_FORMATS: Final = ("auto", "text", "logfmt", "json", "journal")
 CODEC_NAMES: Final = ("none", "gzip", "lz4", "snappy", "zstd")
 
 
@@ -340,19 +376,21 @@ class L2Url(Kind):
 
 @dataclass(frozen=True)
 class MetricsAddress(Kind):
-    """Where metrics are served, as str: "off" or ADDRESS:PORT."""
+    """Where metrics are served, as str: "auto", "off" or ADDRESS:PORT."""
 
-    metavar = "ADDRESS:PORT|off"
+    metavar = "ADDRESS:PORT|auto|off"
     native = (int, bool)
 
     @property
     def allowed(self) -> str:
-        return "off, a port (on loopback), or ADDRESS:PORT"
+        return "auto, off, a port (on loopback), or ADDRESS:PORT"
 
     def read(self, text: str) -> str:
         text = text.strip().lower()
         if text in ("off", "false"):
             return "off"
+        if text in ("auto", "true"):
+            return "auto"
         from novafs.metrics import parse_address
 
         address, port = parse_address(text)
@@ -439,15 +477,39 @@ KEYS: Final = (
         "Writes and imports: what is uploaded.",
     ),
     Key(
-        "metrics", "metrics", MetricsAddress(), "off",
-        "Where a mount serves its metrics for Prometheus, at `/metrics`; `docs/metrics.md` lists them.",
+        "metrics", "metrics", MetricsAddress(), "auto",
+        "Where a mount serves its status page, and its metrics for Prometheus at `/metrics` (`docs/metrics.md` lists them). `auto`: on "
+        "127.0.0.1, port 9619 or the next that is free, so that each mount of a host has one; `novafs stats` tells which. What is served "
+        "is read-only and has no secrets, but names of images: whoever may connect may read it.",
         "A listening socket of the daemon.", flag=True,
+    ),
+    Key(
+        "mountpoint", "mountpoint", Directory(), None,
+        "Where `novafs mount VOLUME` mounts it when no DIR is given, as `novafs@NAME.service` does; made where it is missing.",
+        "Where the unit mounts the volume.", file_only=True, default_doc="`/images/NAME`",
+    ),
+    Key(
+        "mount_options", "mount_options", MountWords(), "",
+        "Options that every mount of this volume has, as in `-o`; what is given with `-o` itself wins.",
+        "How the unit mounts the volume.", file_only=True, default_doc="none",
+    ),
+    Key(
+        "log.level", "log.level", Choice(LOG_LEVELS), "info",
+        "The least important events that a mount logs. `-vv` logs everything, whatever this says.",
+        "Lines in the log.", flag=True, live=True,
+    ),
+    Key(
+        "log.format", "log.format", Choice(LOG_FORMATS), "auto",
+        "How a mount writes its log: `text` for people; `logfmt` and `json` with a time, a level and fields; `journal` with the priority "
+        "that systemd's journal reads. `auto`: `journal` under systemd, `text` on a terminal, `logfmt` in the file of a daemon in the "
+        "background.",
+        "The form of lines in the log.", flag=True,
     ),
     Key(
         "l1.capacity", "l1.capacity_bytes", Size(minimum=4 * MIB), "10GB",
         "Bytes of memory that L1 may hold: frames, decoded copies and maps. A default or a preset's value is cut to a quarter "
         "of the machine's memory; a value that you set is taken as it is.",
-        "Eviction from L1.", flag=True,
+        "Eviction from L1.", flag=True, live=True,
     ),
     Key(
         "l1.codec", "l1.codec", CodecName(), "lz4",
@@ -491,18 +553,18 @@ KEYS: Final = (
         "l3.capacity", "l3.capacity_bytes", Size(minimum=64 * MIB), "1TB",
         "What the volume may hold in L3, as `df` on the mount shows it. While it holds less, a collection keeps packs that nothing "
         "references, because what is in them may be written again.",
-        "statfs, and what `novafs gc` frees.", flag=True,
+        "statfs, and what `novafs gc` frees.", flag=True, live=True,
     ),
     Key(
         "l3.codec", "l3.codec", CodecName(), "zstd",
         "Codec of frames in L3.",
-        "Stored bytes of new chunks.",
+        "Stored bytes of new chunks.", live=True,
     ),
     Key(
         "l3.codec_level", "l3.codec_level", Integer(1, 22), None,
         "Level of `l3.codec` where it has levels: gzip 1 to 9, lz4 1 to 12, zstd 1 to 22.",
         "Time against size of new chunks.",
-        default_doc="the codec's own",
+        default_doc="the codec's own", live=True,
     ),
     Key(
         "store.requests_max", "store.requests_max", Integer(1, 1024), "32",
@@ -512,17 +574,17 @@ KEYS: Final = (
     Key(
         "store.io_timeout", "store.io_timeout_s", Duration(minimum=1, maximum=3600), "30s",
         "How long a failing request is tried again before the caller gets an error.",
-        "Reads and commits while the store is slow or away.",
+        "Reads and commits while the store is slow or away.", live=True,
     ),
     Key(
         "writeback.dirty_max", "writeback.dirty_max_bytes", Size(minimum=4 * MIB), "256MiB",
         "Bytes of memory that written data may take before it is committed; at the cap, writers wait.",
-        "Data at risk when the host is lost, and how long the store may be away before writers wait.",
+        "Data at risk when the host is lost, and how long the store may be away before writers wait.", live=True,
     ),
     Key(
         "writeback.interval", "writeback.interval_s", Duration(minimum=0.05, maximum=3600), "5s",
         "How old written data gets before it is committed to L3 in the background.",
-        "Data at risk when the host is lost; how many generations and packs a busy image makes.",
+        "Data at risk when the host is lost; how many generations and packs a busy image makes.", live=True,
     ),
     Key(
         "lease.ttl", "lease.ttl_s", Duration(minimum=1, maximum=3600), "30s",
@@ -532,7 +594,7 @@ KEYS: Final = (
     Key(
         "lease.wait", "lease.wait_s", Duration(minimum=0, maximum=3600), "5s",
         "How long the first write to an image waits for another host to give its lease up, before it fails with EROFS.",
-        "Writes to an image that another host writes.",
+        "Writes to an image that another host writes.", live=True,
     ),
     Key(
         "lease.takeover", "lease.takeover", Choice(("manual", "auto")), "manual",
@@ -548,28 +610,34 @@ KEYS: Final = (
     Key(
         "prefetch.window", "prefetch.window", Integer(0, 1024), "10",
         "Chunks that a sequential stream is read ahead where the store answers at once; the store's latency adds to it.",
-        "Sequential reads of what is not cached.",
+        "Sequential reads of what is not cached.", live=True,
     ),
     Key(
         "prefetch.window_bytes", "prefetch.window_bytes", Size(minimum=1 << 16, maximum=1 << 40), "32MiB",
         "How far a sequential stream is read ahead at most, however slow the store: what fills the way to it.",
-        "Bulk copies of what is not cached; memory of L1 that they may take.",
+        "Bulk copies of what is not cached; memory of L1 that they may take.", live=True,
     ),
     Key(
         "prefetch.accuracy_target", "prefetch.accuracy_target", Share(maximum=0.99), "0.85",
         "The share of prefetched chunks that must be used before they are evicted.",
-        "How sure a guess must be.",
+        "How sure a guess must be.", live=True,
     ),
     Key(
         "prefetch.aggression", "prefetch.aggression", Share(), "0",
         "Trades accuracy for coverage: 0 holds `prefetch.accuracy_target`, at 1 only `prefetch.traffic_max` and what a guess would evict "
         "limit it.",
-        "How much is prefetched.",
+        "How much is prefetched.", live=True,
     ),
     Key(
         "prefetch.traffic_max", "prefetch.traffic_max", Number(1, 100), "1.5",
         "Traffic from L3 as a multiple of what there would be without prefetch.",
-        "How much is prefetched in vain at most.",
+        "How much is prefetched in vain at most.", live=True,
+    ),
+    Key(
+        "learning.rate", "learning.rate", Number(0, 10), "1",
+        "How fast the models learn that prefetch and eviction keep, as a multiple of the measured best. 0: they are used as they were "
+        "saved, and nothing is learned or saved.",
+        "How soon a change of the workload shows, against how much one odd hour does.",
     ),
     Key(
         "gc.grace", "gc.grace_s", Duration(minimum=0.1, maximum=366 * 86400), "24h",

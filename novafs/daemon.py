@@ -36,9 +36,11 @@ Report = Callable[[int, str], None]
 """Hands exit status and message to whoever waits; without effect once `ready` was called."""
 
 
-def background(work: Callable[[Callable[[], None], Report], int], *, log: Path) -> Started:
+def background(work: Callable[[Callable[[], None], Report], int], *, log: Path, in_group: bool = False) -> Started:
     """Run `work(ready, report)` in a daemon (own session, `/` as directory, stdio to `log`) and wait until it is ready.
 
+    in_group: the daemon stays in the caller's process group until it is ready. An automount (autofs) lets only its own group pass while it
+    waits for the mount; everybody else who touches the directory waits, too.
     Returns in the calling process only; the daemon leaves with what `work` returns. KeyboardInterrupt while waiting
     ends the daemon and is raised again. Raises AccessDeniedError where the log cannot be written.
     """
@@ -52,7 +54,7 @@ def background(work: Callable[[Callable[[], None], Report], int], *, log: Path) 
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     child = os.fork()
     if child == 0:
-        _first_child(work, reader, writer, log_fd, mask)
+        _first_child(work, reader, writer, log_fd, mask, in_group)
     os.close(writer)
     os.close(log_fd)
     os.waitpid(child, 0)
@@ -69,21 +71,27 @@ def _open_log(log: Path) -> int:
 
 
 def _first_child(
-    work: Callable[[Callable[[], None], Report], int], reader: int, writer: int, log_fd: int, mask: set[int | signal.Signals]
+    work: Callable[[Callable[[], None], Report], int],
+    reader: int,
+    writer: int,
+    log_fd: int,
+    mask: set[int | signal.Signals],
+    in_group: bool,
 ) -> NoReturn:
     """Leave the terminal's session, fork again so that no terminal can be taken by accident, and go."""
     status = 70
     try:
         os.close(reader)
-        os.setsid()
+        if not in_group:
+            os.setsid()
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        status = _daemon(work, writer, log_fd) if os.fork() == 0 else 0
+        status = _daemon(work, writer, log_fd, in_group) if os.fork() == 0 else 0
     finally:
         # Not sys.exit: neither the caller's exit handlers nor its buffers belong to this process.
         os._exit(status)
 
 
-def _daemon(work: Callable[[Callable[[], None], Report], int], writer: int, log_fd: int) -> int:
+def _daemon(work: Callable[[Callable[[], None], Report], int], writer: int, log_fd: int, in_group: bool) -> int:
     os.chdir("/")
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
@@ -102,10 +110,15 @@ def _daemon(work: Callable[[Callable[[], None], Report], int], writer: int, log_
                 os.write(fd, json.dumps(message).encode())
             os.close(fd)
 
+    def ready() -> None:
+        if in_group:
+            os.setsid()
+        tell({"ready": True})
+
     tell_pid = json.dumps({"pid": os.getpid()}).encode() + b"\n"
     os.write(writer, tell_pid)
     try:
-        status = work(lambda: tell({"ready": True}), lambda status, message: tell({"status": status, "message": message}))
+        status = work(ready, lambda status, message: tell({"status": status, "message": message}))
     except BaseException as error:
         traceback.print_exc()
         tell({"status": 1, "message": f"{type(error).__name__}: {error}"})

@@ -15,6 +15,7 @@ The engine raises these and nothing else on purpose; it knows no errno. The moun
     │   │   └── LeaseHeldError    another host holds the right to write the image
     │   ├── TooLargeError         beyond what a format or a limit can hold
     │   ├── BusyError             the thing is in use (a mount point, a state directory, an image)
+    │   ├── ClosedError           a cache or a file of the library that was closed, or that belongs to the parent process
     │   ├── AccessDeniedError     not allowed: permissions, credentials
     │   ├── UnsupportedError      understood, and deliberately not offered
     │   ├── SourceError           an import source that is missing, truncated or no image
@@ -96,6 +97,10 @@ class TooLargeError(UserError):
 
 class BusyError(UserError):
     """The thing is in use."""
+
+
+class ClosedError(UserError):
+    """The cache, or the file of it, was closed, or belongs to the process that this one was forked from."""
 
 
 class AccessDeniedError(UserError):

@@ -37,7 +37,19 @@ from novafs.units import format_size
 if TYPE_CHECKING:
     from novafs.volume import Volume
 
-PREFIXES: Final = ("catalog/", "condemned/", "forward/", "images/", "leases/", "models/", "packs/", "pins/", "probe/", "wants/")
+PREFIXES: Final = (
+    "catalog/",
+    "condemned/",
+    "forward/",
+    "handoffs/",
+    "images/",
+    "leases/",
+    "models/",
+    "packs/",
+    "pins/",
+    "probe/",
+    "wants/",
+)
 """Where our objects lie, in the order of names."""
 STRAYS_MAX: Final = 1000
 TOUCHED_MAX: Final = 10_000

@@ -27,7 +27,8 @@ forwards for one pack, the one that was created first counts.
 Killed anywhere, a run leaves what the next one expects: names without much behind them go first, claims that were not
 carried out are carried out, copies without a forward are dead packs.
 
-Dead packs are kept as dedup candidates while the volume holds less than `l3.capacity`, the youngest longest.
+Dead packs are kept as dedup candidates while the volume holds less than `l3.capacity`; beyond it those leave first that are least
+likely to be written again (`novafs.packscore`). What is referred to never leaves, whatever the capacity.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -49,6 +50,7 @@ from novafs.condemned import CondemnedHead, CondemnedPack, edit_condemned, mark_
 from novafs.errors import ConfigError, NotFoundError, ObjectNotFoundError
 from novafs.objectstore.base import ObjectInfo
 from novafs.packcount import CountFigures, PackCount
+from novafs.packscore import Past, dump_pasts, known_shares, load_pasts, next_past, worth
 from novafs.retention import CLOCK_SLACK_S, Progress, Retention, no_progress, walk
 from novafs.revisions import counter_of, writers_grace_s
 
@@ -108,9 +110,13 @@ class GcReport:
     seconds: float = 0.0
 
     def summary(self) -> dict[str, float]:
-        """The figures that every host may want to export: numbers alone."""
+        """The figures that every host may want to export: numbers alone. ended_s: epoch seconds."""
         numbers = {k: float(v) for k, v in asdict(self).items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
-        return {**numbers, **{f"chunks_with_references_{many}": float(count) for many, count in self.histogram.items()}}
+        return {
+            **numbers,
+            "ended_s": time.time(),
+            **{f"chunks_with_references_{many}": float(count) for many, count in self.histogram.items()},
+        }
 
 
 async def collect(
@@ -297,7 +303,8 @@ class _Collection:
     async def _condemn(self, found: Retention, before: CondemnedHead, moved: Compaction) -> CondemnedHead:
         dead = [p for p in found.packs if p.listed and not p.referenced]
         dying: dict[bytes, PackCount] = {p.pack_id: p for p in found.packs if p.pack_id in moved.emptied}
-        dying.update((p.pack_id, p) for p in self._choose(found, before, dead, dying.values()))
+        pasts = self._pasts(found, before)
+        dying.update((p.pack_id, p) for p in await self._choose(found, before, dead, dying.values(), pasts))
         if self._report.dry_run:
             wanted = self._edited(before, found, before, dying)
         else:
@@ -305,24 +312,49 @@ class _Collection:
 
             def edit(base: CondemnedHead) -> CondemnedHead:
                 return self._edited(base, found, before, dying)._replace(
-                    moved=frozenset(needed & set(found.forwards.heads)), summary=self._report.summary()
+                    moved=frozenset(needed & set(found.forwards.heads)),
+                    summary={**self._report.summary(), "started_s": found.started_s},
+                    past=dump_pasts(pasts),
                 )
 
             wanted = await edit_condemned(self._client, edit, grace_s=self._volume.grace_s)
         self._report.packs_newly_condemned = sum(p not in before.packs for p in wanted.packs if p in dying)
         return wanted
 
-    def _choose(self, found: Retention, before: CondemnedHead, dead: Sequence[PackCount], dying: Iterable[PackCount]) -> list[PackCount]:
-        """Dead packs to condemn: those that were moved, and, oldest first, as many as the volume holds too much."""
+    def _pasts(self, found: Retention, before: CondemnedHead) -> dict[bytes, Past]:
+        """What is known of packs that are dead, or were and came back to life."""
+        old = load_pasts(before.past)
+        collected_s = before.summary.get("started_s", 0.0)
+        pasts = {
+            p.pack_id: next_past(p, old.get(p.pack_id), now_s=found.started_s, collected_s=collected_s) for p in found.packs if p.listed
+        }
+        return {pack_id: past for pack_id, past in pasts.items() if past is not None}
+
+    async def _choose(
+        self,
+        found: Retention,
+        before: CondemnedHead,
+        dead: Sequence[PackCount],
+        dying: Iterable[PackCount],
+        pasts: Mapping[bytes, Past],
+    ) -> list[PackCount]:
+        """Dead packs to condemn: those that were moved, and, least worth first, as many as the volume holds too much."""
         old = [p for p in dead if p.info.modified_s <= found.cutoff_s and p.pack_id not in before.packs]
         if self._everything:
             return old
         chosen = [p for p in old if p.pack_id in found.forwards.heads]
-        rest = sorted((p for p in old if p.pack_id not in found.forwards.heads), key=lambda p: p.info.modified_s)
         condemned = (p for p in found.packs if p.listed and p.pack_id in before.packs)
         leaving = sum(p.info.size for p in (*chosen, *dying, *condemned))
         excess = found.packs.stored_bytes - leaving - self._volume.config.l3.capacity_bytes
-        for candidate in rest:
+        if excess <= 0:
+            return chosen
+        rest = sorted((p for p in old if p.pack_id not in found.forwards.heads), key=lambda p: (pasts[p.pack_id].used_s, p.info.modified_s))
+        known = await known_shares(self._client, rest)
+
+        def score(candidate: PackCount) -> float:
+            return worth(candidate.info.size, pasts[candidate.pack_id], known.get(candidate.pack_id, 0.0), now_s=found.started_s)
+
+        for candidate in sorted(rest, key=score):
             if excess <= 0:
                 break
             chosen.append(candidate)

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
+from functools import partial
+from time import perf_counter
 from typing import Final, Protocol
 
 import msgspec
@@ -37,6 +39,7 @@ from novafs.errors import (
     StoreUnavailableError,
     TooLargeError,
 )
+from novafs.fold import FOLD_RETRY_S, Fold, Stored, worthwhile
 from novafs.generation import Generation
 from novafs.imagemap import FANOUT, LEVELS_MAX, TOP_MAX, MapState
 from novafs.imagereader import ImageReader, Watcher
@@ -99,6 +102,18 @@ class Writeback(Protocol):
         """Wait until the volume's dirty bytes are below their cap; whether it took a checkpoint."""
         ...
 
+    def start(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Run it in the background; not at all where the volume is being closed."""
+        ...
+
+    def note_commit(self, image: Image, taken_bytes: int, seconds: float) -> None:
+        """A generation was committed that holds so many bytes of dirty data more than the one before."""
+        ...
+
+    def note_lease_lost(self, image: Image) -> None:
+        """Another host has taken the lease over."""
+        ...
+
 
 class CommitTicket:
     """A commit under way in the background."""
@@ -158,6 +173,11 @@ class Image(ImageReader):
         self._writeback = writeback
         self._unanswered: UsedPacks | None = None
         """Of commits of which it is not known whether they count."""
+        self._fold: Fold | None = None
+        self._folding = False
+        """Whether the task of a fold runs, perhaps of one that was dropped: there is one at a time, so what hangs does not pile up."""
+        self._folds_after_s = 0.0
+        """Trio time before which none is begun."""
         self._commit_lock = trio.Lock()
         self._lease_lock = trio.Lock()
         self._journal_lock = trio.Lock()
@@ -174,6 +194,13 @@ class Image(ImageReader):
         """Handles opened before this incarnation wrote something that was then set aside: their fsync must fail."""
         self.incarnation = 0
         """Counts generations of other hosts that were taken over: a handle that was opened before must not write."""
+
+    @property
+    def map_bytes(self) -> int:
+        """See `ImageReader.map_bytes`; with what a fold keeps."""
+        fold = self._fold
+        layers = (fold.layer, fold.since) if fold is not None else ()
+        return super().map_bytes + sum(len(layer.chunks) for layer in layers if layer is not None) * self.chunk_size
 
     @property
     def dirty_bytes(self) -> int:
@@ -226,6 +253,8 @@ class Image(ImageReader):
         await self._prepare_write(incarnation)
         # No checkpoint from here on: the write is whole, in one layer, under the lease.
         self._apply(RecordKind.DATA, offset, bytes(data))
+        self.traffic.writes += 1
+        self.traffic.written_bytes += len(data)
         return len(data)
 
     async def resize(self, size: int, *, incarnation: int | None = None) -> None:
@@ -398,6 +427,7 @@ class Image(ImageReader):
         async with self._lease_lock:
             if self._lease is not None and not self.dirty:
                 self._lease, self._leaving = None, self._lease
+                self._drop_fold()
             await self._finish_leaving()
 
     async def _finish_leaving(self) -> None:
@@ -408,6 +438,7 @@ class Image(ImageReader):
     def note_unlinked(self) -> None:
         """Its name is gone, so nothing of it can be found after a crash: it is no use to make it durable."""
         self.unlinked = True
+        self._drop_fold()
         self._account(-_payload(self._pending))
         self._pending = []
 
@@ -427,6 +458,7 @@ class Image(ImageReader):
 
     def _forget_dirty(self) -> None:
         self._layers = [Layer()]
+        self._drop_fold()
         self._pending = []
         self._account(-self._dirty_bytes)
         self._dirty_since_s = None
@@ -439,6 +471,7 @@ class Image(ImageReader):
             if self._lease is None:
                 return
             self._lease.lost = True
+            self._writeback.note_lease_lost(self)
             pending, had = self._pending, self.dirty
             self._lease = None
             self.incarnation += 1
@@ -547,6 +580,7 @@ class Image(ImageReader):
         lease = self._lease
         if lease is None or lease.lost:
             raise LeaseLostError(f"{self.name}: the right to write it went to another host")
+        began_s = perf_counter()
         # The freeze, in one step: layers, size, times and sequence are of this moment. While the store is away each try freezes
         # what has come since the last one, too.
         if self._layers[-1].touched:
@@ -562,9 +596,11 @@ class Image(ImageReader):
             epoch=lease.epoch,
             sequence=sequence,
         )
+        fold = self._going_fold()
         try:
             head, state = await self._store_own(frozen, generation, lease, brief)
         except BaseException:
+            self._drop_fold()
             self._dirty_since_s = since_s
             for layer in frozen[1:]:
                 self._account(-frozen[0].absorb(self.chunk_size, layer))
@@ -572,6 +608,8 @@ class Image(ImageReader):
             raise
         # Adopted in one step as well: no reader sees the new map without, or the old map with, the layers gone.
         del self._layers[: len(frozen)]
+        if fold is not None and (state is not fold.base or not fold.add(frozen, self.chunk_size)):
+            self._drop_fold()
         self._adopt(head, state)
         taken = sum(len(layer.chunks) for layer in frozen) * self.chunk_size
         taken += _payload(r for r in self._pending if r.sequence <= sequence)
@@ -581,6 +619,9 @@ class Image(ImageReader):
         journal = self._writeback.journal
         if journal is not None:
             journal.committed(self.node_id, sequence)
+        self._writeback.note_commit(self, taken, perf_counter() - began_s)
+        if brief:
+            self._start_fold()
         return self.generation
 
     async def _store_own(self, frozen: list[Layer], generation: Generation, lease: Lease, brief: bool) -> tuple[Head[Generation], MapState]:
@@ -588,10 +629,14 @@ class Image(ImageReader):
         has overtaken it."""
         while True:
             try:
-                if brief and (patched := self._patched(frozen, generation)) is not None:
+                if brief and (fold := self._going_fold()) is not None and fold.stored is not None:
+                    if (patched := self._patched(fold.since, fold.stored.state, frozen, generation)) is not None:
+                        return await self._name(fold.stored, patched)
+                elif brief and (patched := self._patched(self._patch, self._state, frozen, generation)) is not None:
                     return await self._store_patch(patched), self._state
                 return await self._store([self._patch, *frozen] if self._patch is not None else frozen, generation)
             except ConflictError as error:
+                self._drop_fold()
                 head = await self._chain.head()
                 ours = (generation.epoch, generation.journal_id, generation.counter)
                 if head is None or (head.record.epoch, head.record.journal_id, head.record.counter) != ours:
@@ -609,6 +654,7 @@ class Image(ImageReader):
                 figures = {"stored_bytes": newest.stored_bytes, "allocated_chunks": newest.allocated_chunks}
                 generation = msgspec.structs.replace(generation, **figures)
             except PacksLostError as error:
+                self._drop_fold()
                 log.warning("%s: the commit took so long that a collection has overtaken it; everything is stored again", self.name)
                 if not error.committed:
                     continue  # nothing names what was lost
@@ -628,16 +674,49 @@ class Image(ImageReader):
         for record in records:
             self._apply(record.kind, record.offset, record.data, record=record)
 
-    def _patched(self, frozen: list[Layer], generation: Generation) -> Generation | None:
-        """`generation` with the map of the one before and what the layers say as a patch, where it is one."""
-        if (generation.size + self.chunk_size - 1) // self.chunk_size != self._state.chunks:
+    def _going_fold(self) -> Fold | None:
+        """The fold of what the image is now. One of an earlier map is dropped."""
+        if self._fold is not None and self._fold.base is not self._state:
+            self._drop_fold()
+        return self._fold
+
+    def _drop_fold(self) -> None:
+        if self._fold is not None:
+            self._fold.scope.cancel()
+            self._fold = None
+
+    def _start_fold(self) -> None:
+        if self._fold is not None or self._folding or trio.current_time() < self._folds_after_s:
+            return
+        if self._patch is not None and worthwhile(self.head.patch):
+            self._fold = Fold(self._state, self._patch)
+            self._writeback.start(partial(self._run_fold, self._fold, self.head))
+
+    async def _run_fold(self, fold: Fold, generation: Generation) -> None:
+        """Store what a fold is to give. Where that fails the patch stays, and the next commit that is none takes it along."""
+        self._folding = True
+        try:
+            with fold.scope:
+                fold.stored = await self._store_map([fold.layer], generation, fold.base)
+        except NovaError as error:
+            log.debug("%s: its patch was not folded into the map: %s", self.name, error)
+            self._folds_after_s = trio.current_time() + FOLD_RETRY_S
+        except Exception as error:
+            mistake(self, error)
+            self._folds_after_s = trio.current_time() + FOLD_RETRY_S
+        finally:
+            self._folding = False
+            if fold.stored is None and self._fold is fold:
+                self._fold = None
+
+    def _patched(self, under: Layer | None, state: MapState, frozen: list[Layer], generation: Generation) -> Generation | None:
+        """`generation` with the map `state`, and `under` and what the layers say over that as a patch, where it is one."""
+        if (generation.size + self.chunk_size - 1) // self.chunk_size != state.chunks:
             return None
-        layer = extended(self._patch, frozen, self.chunk_size)
+        layer = extended(under, frozen, self.chunk_size)
         if layer is None:
             return None
-        # The map of now: `generation` may have been drawn up over an earlier one.
-        known = self._head.record
-        return msgspec.structs.replace(generation, levels=known.levels, top=known.top, patch=extents_of(layer, self.chunk_size))
+        return msgspec.structs.replace(generation, levels=state.levels, top=state.top, patch=extents_of(layer, self.chunk_size))
 
     async def _store_patch(self, generation: Generation) -> Head[Generation]:
         # It refers to nothing that the generation before it does not: no pack of it can be missing.
@@ -646,7 +725,11 @@ class Image(ImageReader):
         return head
 
     async def _store(self, frozen: list[Layer], generation: Generation) -> tuple[Head[Generation], MapState]:
-        base, size = self._state, generation.size
+        return await self._name(await self._store_map(frozen, generation, self._state), msgspec.structs.replace(generation, patch=()))
+
+    async def _store_map(self, frozen: list[Layer], generation: Generation, base: MapState) -> Stored:
+        """Write layers into the map `base`, whose figures `generation` has, for an image of its size; nothing names the result yet."""
+        size = generation.size
         chunks = (size + self.chunk_size - 1) // self.chunk_size
         floor = min(layer.floor for layer in frozen)
         clear_from = min((floor + self.chunk_size - 1) // self.chunk_size, chunks)
@@ -672,20 +755,25 @@ class Image(ImageReader):
                         stored_bytes += Reference.unpack(old).length - Reference.unpack(new).length
             state = await base.rewrite(changes, chunks, clear_from, self._cache.fetch, writer.put_blob, writer.put_right)
             await writer.finish()
-        if gone := await writer.used.lost():
+        return Stored(state, writer.used, stored_bytes, allocated)
+
+    async def _name(self, stored: Stored, generation: Generation) -> tuple[Head[Generation], MapState]:
+        """Commit `generation` with the map that was stored. Raises PacksLostError, ConflictError."""
+        state, used = stored.state, stored.used
+        if gone := await used.lost():
             raise PacksLostError(gone)
         generation = msgspec.structs.replace(
-            generation, levels=state.levels, top=state.top, patch=(), stored_bytes=stored_bytes, allocated_chunks=allocated
+            generation, levels=state.levels, top=state.top, stored_bytes=stored.stored_bytes, allocated_chunks=stored.allocated_chunks
         )
         # Until the answer, what the store has under the number may be this try's or an earlier one's.
-        earlier, self._unanswered = self._unanswered, writer.used.joined(self._unanswered)
+        earlier, self._unanswered = self._unanswered, used.joined(self._unanswered)
         try:
             head = await self._chain.commit(self._head, generation)
         except ConflictError:
             self._unanswered = earlier
             raise
-        self._unanswered = writer.used
-        if gone := await writer.used.lost():  # until here the journal has it all
+        self._unanswered = used
+        if gone := await used.lost():  # until here the journal has it all
             raise PacksLostError(gone, committed=True)
         self._unanswered = None
         return head, state

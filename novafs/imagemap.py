@@ -105,6 +105,10 @@ class MapState:
         at = (index & 255) << 6
         return leaf[at : at + 64]
 
+    def loaded_leaves(self) -> list[int]:
+        """Numbers of the leaves that are loaded."""
+        return list(self._nodes[0]) if self.levels else []
+
     async def load(self, first: int, last: int, fetch: Fetch) -> None:
         """Load what is missing of the leaves of chunks `first` to `last` inclusive; one batch a level.
 

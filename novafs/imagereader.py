@@ -11,6 +11,8 @@ import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from itertools import islice
+from time import perf_counter
 from typing import Final, Protocol
 
 import numpy as np
@@ -46,6 +48,27 @@ class ImageStatistics:
     compression_ratio: float
 
 
+@dataclass(slots=True)
+class ImageTraffic:
+    """What was read and written through an open image. memory_*: what dirty data and L1 answered at once; waited_*: the other reads."""
+
+    memory_reads: int = 0
+    memory_bytes: int = 0
+    waited_reads: int = 0
+    waited_bytes: int = 0
+    writes: int = 0
+    written_bytes: int = 0
+
+    def add(self, other: ImageTraffic) -> None:
+        """Count what `other` has counted as well."""
+        self.memory_reads += other.memory_reads
+        self.memory_bytes += other.memory_bytes
+        self.waited_reads += other.waited_reads
+        self.waited_bytes += other.waited_bytes
+        self.writes += other.writes
+        self.written_bytes += other.written_bytes
+
+
 class Watcher(Protocol):
     """Who is told of what is read: `novafs.prefetcher`. Neither call takes a checkpoint or raises."""
 
@@ -75,6 +98,8 @@ class ImageReader:
         """The watcher's."""
         self._told = -1
         """The chunk that the watcher was told of last."""
+        self.traffic = ImageTraffic()
+        self._memory_reads = cache.latencies.of("l1", "get")
         self._layers: list[Layer] = [Layer()]
         self._patch: Layer | None = None
         self._statistics: ImageStatistics | None = None
@@ -126,6 +151,7 @@ class ImageReader:
 
     def read_nowait(self, offset: int, length: int) -> bytes | None:
         """The bytes where dirty data and L1 hold them all, without a checkpoint; None where `read` is needed."""
+        began_s = perf_counter()
         length = min(length, self.size - offset)
         if length <= 0:
             return b""
@@ -142,6 +168,11 @@ class ImageReader:
         if self._watcher is not None and (last != self._told or first != last):
             self._told = last
             self._watcher.touched(self, first, last)
+        # All that a hot read costs to be counted (`tests/bench/instrumentation.py`).
+        traffic = self.traffic
+        traffic.memory_reads += 1
+        traffic.memory_bytes += length
+        self._memory_reads.note(perf_counter() - began_s)
         # `bytes` gives back a `bytes` object itself, so the common single whole chunk is not copied.
         return bytes(parts[0]) if len(parts) == 1 else b"".join(parts)
 
@@ -185,6 +216,8 @@ class ImageReader:
                 if len(parts[-1]) < wanted:
                     break  # cut meanwhile: what it may have grown to since does not follow on this
             return b"".join(parts)
+        self.traffic.waited_reads += 1
+        self.traffic.waited_bytes += length
         first = offset >> self._shift
         last = (offset + length - 1) >> self._shift
         while True:
@@ -230,6 +263,14 @@ class ImageReader:
         """The committed map's 64-byte entry of a chunk, None where that part of the map is not loaded."""
         return self._state.entry_nowait(index)
 
+    def loaded_leaves(self) -> list[int]:
+        """Which leaves of the map are loaded: each is the entries of 256 chunks. Empty where the map has none of its own."""
+        return self._state.loaded_leaves()
+
+    def dirty_chunks(self, most: int) -> list[int]:
+        """Chunks that dirty layers hold, at most so many of a layer; one may be named more than once."""
+        return [index for layer in self._layers for index in islice(layer.chunks, most)]
+
     async def load_entries(self, indexes: Sequence[int]) -> None:
         """Load the map where these chunks are. Raises what a read raises."""
         await self._state.load_many(indexes, self._cache.fetch)
@@ -242,7 +283,10 @@ class ImageReader:
             plains = await self._cache.fetch(references, places)
         except FrameCorruptError as error:
             at = next((o for r, o in zip(references, offsets, strict=True) if r.chunk_id == error.chunk_id), -1)
-            log.error("image %s (%s): corrupt data at byte %d: %s", self.name, self.node_id.hex(), at, error)
+            log.error(
+                "image %(image)s (%(image_id)s): corrupt data at byte %(offset)d: %(error)s",
+                {"image": self.name, "image_id": self.node_id.hex(), "offset": at, "error": error},
+            )
             raise
         for reference, offset, plain in zip(references, offsets, plains, strict=True):
             if len(plain) != self.chunk_size:

@@ -40,6 +40,8 @@ KIND: Final = b"LEAS"
 VERSION: Final = 1
 PREFIX: Final = "leases/"
 WANTS_PREFIX: Final = "wants/"
+HANDOFFS_PREFIX: Final = "handoffs/"
+"""See `novafs.handoff`."""
 POLL_S: Final = 0.5
 WANT_RENEW_S: Final = 5.0
 WANT_TTL_S: Final = 20.0

@@ -1,272 +1,450 @@
-"""Every metric: name, kind, unit, labels and meaning, in one place; and the endpoint that Prometheus scrapes.
+"""Every metric: name, kind, unit, labels and meaning, in one place; and how they are written for Prometheus.
 
-All are read from the statistics document (`Volume.statistics`) when somebody scrapes, so they cost reads and writes nothing. Names follow
-Prometheus's conventions: base units, `_total` for counters. `docs/metrics.md` is made from `FAMILIES` (`python -m novafs.metrics`).
-
-`MetricsServer` serves `/metrics` on an address of its own: prometheus_client's server in a thread of its own, which asks the trio
-thread for the document. A scrape that the trio thread does not answer within `ANSWER_S` gets an error, and nobody else waits for it.
+All are read from the statistics document (`novafs.board.Board.document`) and the histograms (`novafs.latency`) when somebody scrapes, so
+that a read or a write pays for a counter at most. Names follow Prometheus's conventions: base units, `_total` for counters; those
+that begin with `cache_` are the first specification's, kept as it gives them. `docs/metrics.md` is made from `FAMILIES`
+(`python -m novafs.metrics`). `novafs.statusserver` serves them.
 """
 
 from __future__ import annotations
 
-import errno
 import sys
-import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
-from contextlib import asynccontextmanager
-from typing import Any, Final, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-import trio
-from prometheus_client import start_http_server
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector, CollectorRegistry
-
+from novafs import metricsamples as read
 from novafs.errors import ConfigError
+from novafs.metricsamples import Document
 
-Document = Mapping[str, Any]
-Sample = tuple[tuple[str, ...], float]
-ANSWER_S: Final = 5.0
-SCRAPES_MAX: Final = 8
-"""At a time; others are turned away."""
-IDLE_S: Final = 10.0
+if TYPE_CHECKING:
+    from prometheus_client.core import Metric
+
+AUTO: Final = "auto"
 
 
 class Family(NamedTuple):
-    """One metric. labels: names; samples: label values and value, for what the document has."""
+    """One metric. labels: names; samples: label values and value, for what the document has.
+
+    Of a histogram the samples are `novafs.metricsamples.Buckets`.
+    """
 
     name: str
     kind: str
     help: str
-    samples: Callable[[Document], Iterable[Sample]]
+    samples: Callable[[Document], Iterable[Any]]
     labels: tuple[str, ...] = ()
-
-
-def _at(document: Document, path: str) -> Any:
-    """The value under a dotted path; None where a part of it is missing or null."""
-    found: Any = document
-    for name in path.split("."):
-        if not isinstance(found, Mapping) or (found := found.get(name)) is None:
-            return None
-    return found
-
-
-def _one(path: str) -> Callable[[Document], Iterable[Sample]]:
-    def samples(document: Document) -> Iterator[Sample]:
-        value = _at(document, path)
-        if value is not None:
-            yield (), float(value)
-
-    return samples
-
-
-def _each(**paths: str) -> Callable[[Document], Iterable[Sample]]:
-    """A sample for each label value whose path there is."""
-
-    def samples(document: Document) -> Iterator[Sample]:
-        for label, path in paths.items():
-            value = _at(document, path)
-            if value is not None:
-                yield (label,), float(value)
-
-    return samples
-
-
-def _members(path: str, field: str = "") -> Callable[[Document], Iterable[Sample]]:
-    """A sample for each member of a table, labelled with its name."""
-
-    def samples(document: Document) -> Iterator[Sample]:
-        for name, part in (_at(document, path) or {}).items():
-            value = _at(part, field) if field else part
-            if value is not None:
-                yield (str(name),), float(value)
-
-    return samples
-
-
-def _store_errors(document: Document) -> Iterator[Sample]:
-    for operation, counters in (_at(document, "store.by_operation") or {}).items():
-        for name, count in counters.get("errors", {}).items():
-            yield (operation, name), float(count)
-
-
-def _ends(document: Document) -> Iterator[Sample]:
-    for source, counts in (_at(document, "prefetch.sources") or {}).items():
-        for end in ("issued", "used", "late", "wasted", "dropped"):
-            yield (source, end), float(counts[end])
-
-
-def _hit_rates(document: Document) -> Iterator[Sample]:
-    for tier, path in _TRAFFIC.items():
-        hits, misses = _at(document, f"{path}.hits"), _at(document, f"{path}.misses")
-        if hits is not None and hits + misses:
-            yield (tier,), hits / (hits + misses)
-
-
-_TRAFFIC: Final = {"l1": "cache.l1", "l2": "cache.l2_traffic", "l3": "cache.l3_traffic"}
-
-
-def _tiers(field: str) -> Callable[[Document], Iterable[Sample]]:
-    return _each(**{tier: f"{path}.{field}" for tier, path in _TRAFFIC.items()})
 
 
 COUNTER: Final = "counter"
 GAUGE: Final = "gauge"
+HISTOGRAM: Final = "histogram"
+UNTYPED: Final = "untyped"
+"""A counter whose name was given without `_total`."""
 
 FAMILIES: Final = (
+    # The mount
+    Family("novafs_build_info", GAUGE, "1, with the version as a label.", read.info("mount.version"), ("version",)),
     Family(
-        "novafs_dirty_bytes", GAUGE, "Data at risk: written bytes that no generation in the store holds yet.", _one("data_at_risk.bytes")
+        "novafs_volume_info",
+        GAUGE,
+        "1, with the volume's URL (without secrets) and the mount point.",
+        read.info("volume.url", "mount.mountpoint"),
+        ("volume", "mountpoint"),
+    ),
+    Family("novafs_mounted", GAUGE, "1 while the volume is mounted; 0 while it is being opened, or closed.", read.mounted),
+    Family("novafs_uptime_seconds", GAUGE, "Since the daemon began.", read.one("mount.uptime_s")),
+    Family("novafs_images_open", GAUGE, "Images that are open here.", read.one("images_open")),
+    Family("novafs_handles_open", GAUGE, "Open files.", read.one("mount.handles")),
+    # What guests ask
+    Family(
+        "novafs_request_seconds", HISTOGRAM, "Time to answer a request of the kernel (FUSE), by operation.", read.requests, ("operation",)
     ),
     Family(
-        "novafs_dirty_age_seconds", GAUGE, "Age of the oldest byte that no generation in the store holds yet.", _one("data_at_risk.age_s")
+        "novafs_guest_reads_total",
+        COUNTER,
+        "Reads, by what answered: `memory` (dirty data and L1, at once), or another tier or the map (`waited`).",
+        read.each(memory="traffic.memory_reads", waited="traffic.waited_reads"),
+        ("answered",),
     ),
-    Family("novafs_dirty_images", GAUGE, "Images with such data.", _one("data_at_risk.images")),
-    Family("novafs_dirty_max_bytes", GAUGE, "The cap on data at risk; at it, writers wait.", _one("dirty_max_bytes")),
-    Family("novafs_commits_total", COUNTER, "Generations committed in the background.", _one("commits")),
-    Family("novafs_commit_errors_total", COUNTER, "Commits in the background that failed, and are tried again.", _one("commit_errors")),
-    Family("novafs_journal_syncs_total", COUNTER, "fdatasync calls of the journal.", _one("journal.syncs")),
-    Family("novafs_journal_records_total", COUNTER, "Writes and resizes put into the journal.", _one("journal.records")),
-    Family("novafs_journal_written_bytes_total", COUNTER, "Bytes written to the journal.", _one("journal.written_bytes")),
-    Family("novafs_journal_bytes", GAUGE, "Bytes of journal segments that are needed.", _one("journal.segment_bytes")),
-    Family("novafs_images_open", GAUGE, "Images that are open here.", _one("images_open")),
-    Family("novafs_hits_total", COUNTER, "Chunks that a tier had.", _tiers("hits"), ("tier",)),
-    Family("novafs_misses_total", COUNTER, "Chunks that a tier was asked for and did not have.", _tiers("misses"), ("tier",)),
+    Family(
+        "novafs_guest_read_bytes_total",
+        COUNTER,
+        "Bytes of these reads.",
+        read.each(memory="traffic.memory_bytes", waited="traffic.waited_bytes"),
+        ("answered",),
+    ),
+    Family("novafs_guest_writes_total", COUNTER, "Writes.", read.one("traffic.writes")),
+    Family("novafs_guest_written_bytes_total", COUNTER, "Bytes written.", read.one("traffic.written_bytes")),
+    Family(
+        "novafs_errors_total",
+        COUNTER,
+        "Requests that failed for a reason that an operator should see (the caller's own mistakes apart), by class.",
+        read.members("mount.errors"),
+        ("error",),
+    ),
+    Family("novafs_log_events_total", COUNTER, "Warnings and errors in the log.", read.members("events"), ("level",)),
+    # Data at risk, commits, journal, leases
+    Family(
+        "novafs_dirty_bytes",
+        GAUGE,
+        "Data at risk: written bytes that no generation in the store holds yet.",
+        read.one("data_at_risk.bytes"),
+    ),
+    Family(
+        "novafs_dirty_age_seconds",
+        GAUGE,
+        "Age of the oldest byte that no generation in the store holds yet.",
+        read.one("data_at_risk.age_s"),
+    ),
+    Family("novafs_dirty_images", GAUGE, "Images with such data.", read.one("data_at_risk.images")),
+    Family("novafs_dirty_max_bytes", GAUGE, "The cap on data at risk; at it, writers wait.", read.one("dirty_max_bytes")),
+    Family("novafs_commits_total", COUNTER, "Generations of images committed.", read.one("commits")),
+    Family("novafs_commit_errors_total", COUNTER, "Commits in the background that failed, and are tried again.", read.one("commit_errors")),
+    Family("novafs_commit_seconds", HISTOGRAM, "Time that a commit took, from the freeze to the answer.", read.unlabelled("commit")),
+    Family(
+        "novafs_journal_sync_seconds", HISTOGRAM, "Time to write a group of records to the journal and sync it.", read.unlabelled("journal")
+    ),
+    Family("novafs_journal_syncs_total", COUNTER, "fdatasync calls of the journal.", read.one("journal.syncs")),
+    Family("novafs_journal_records_total", COUNTER, "Writes and resizes put into the journal.", read.one("journal.records")),
+    Family("novafs_journal_written_bytes_total", COUNTER, "Bytes written to the journal.", read.one("journal.written_bytes")),
+    Family("novafs_journal_bytes", GAUGE, "Bytes of journal segments that are needed.", read.one("journal.segment_bytes")),
+    Family(
+        "novafs_leases",
+        GAUGE,
+        "Images by the state of their lease: held here, asked for by another host (`wanted`), still to be given back (`leaving`).",
+        read.each(held="leases.held", wanted="leases.wanted", leaving="leases.leaving"),
+        ("state",),
+    ),
+    Family("novafs_leases_lost_total", COUNTER, "Leases that another host took over.", read.one("leases.lost")),
+    Family(
+        "novafs_lease_heartbeat_age_seconds",
+        GAUGE,
+        "Since the last answered heartbeat of the lease whose is the oldest; 0 where none is held.",
+        read.one("leases.heartbeat_age_s"),
+    ),
+    Family("novafs_lease_ttl_seconds", GAUGE, "How long a heartbeat counts.", read.one("lease_ttl_s")),
+    # Tiers
+    Family("novafs_hits_total", COUNTER, "Chunks that a tier had.", read.tiers("hits"), ("tier",)),
+    Family("novafs_misses_total", COUNTER, "Chunks that a tier was asked for and did not have.", read.tiers("misses"), ("tier",)),
     Family(
         "novafs_tier_requests_total",
         COUNTER,
-        "Batches asked of a tier.",
-        _each(l2="cache.l2_traffic.requests", l3="cache.l3_traffic.requests"),
-        ("tier",),
+        "Requests to a tier: of L1, reads of guests and chunks put there; of L2, batches; of L3, ranges and packs.",
+        read.both(
+            read.with_label(
+                "get",
+                read.both(
+                    read.with_label("l1", read.total("traffic.memory_reads", "traffic.waited_reads")),
+                    read.each(l2="cache.l2_traffic.requests", l3="cache.l3_traffic.requests"),
+                ),
+            ),
+            read.with_label("put", read.each(l1="cache.l1.insertions", l2="cache.fill.requests", l3="written.packs")),
+        ),
+        ("tier", "operation"),
     ),
     Family(
-        "novafs_tier_read_bytes_total",
+        "novafs_tier_bytes_total",
         COUNTER,
-        "Payload bytes read from a tier.",
-        _each(l2="cache.l2_traffic.read_bytes", l3="cache.l3_traffic.read_bytes"),
-        ("tier",),
+        "Bytes read from a tier and written to it: of L1, content that it answered; of L2 and L3, payloads and packs.",
+        read.both(
+            read.with_label(
+                "get", read.each(l1="traffic.memory_bytes", l2="cache.l2_traffic.read_bytes", l3="cache.l3_traffic.read_bytes")
+            ),
+            read.with_label("put", read.each(l2="cache.fill.written_bytes", l3="written.uploaded_bytes")),
+        ),
+        ("tier", "operation"),
     ),
     Family(
-        "novafs_tier_read_seconds_total",
-        COUNTER,
-        "Seconds that reads of a tier took, verification excluded.",
-        _each(l2="cache.l2_traffic.seconds", l3="cache.l3_traffic.seconds"),
-        ("tier",),
+        "novafs_tier_seconds",
+        HISTOGRAM,
+        "Time that a tier took: of L1, for a read of a guest that it answered; of L2 and L3, for a batch, verification excluded.",
+        read.tier_histograms,
+        ("tier", "operation"),
     ),
     Family(
         "novafs_corruptions_total",
         COUNTER,
         "Frames that were not what they should be.",
-        _each(l2="cache.l2_traffic.corruptions", l3="cache.l3_traffic.corruptions"),
+        read.each(l2="cache.l2_traffic.corruptions", l3="cache.l3_traffic.corruptions"),
+        ("tier",),
+    ),
+    Family(
+        "novafs_tier_errors_total",
+        COUNTER,
+        "Requests to a tier that failed.",
+        read.each(l1="cache.l1.errors", l2="cache.l2.errors", l3="cache.l3_traffic.errors"),
         ("tier",),
     ),
     Family(
         "novafs_tier_timeouts_total",
         COUNTER,
         "Batches that a tier did not answer in time.",
-        _each(l2="cache.l2_traffic.timeouts"),
+        read.each(l2="cache.l2_traffic.timeouts"),
         ("tier",),
     ),
     Family(
-        "novafs_tier_used_bytes", GAUGE, "Bytes that a tier holds.", _each(l1="cache.l1.used_bytes", l2="cache.l2.used_bytes"), ("tier",)
+        "novafs_tier_used_bytes",
+        GAUGE,
+        "Bytes that a tier holds.",
+        read.each(l1="cache.l1.used_bytes", l2="cache.l2.used_bytes"),
+        ("tier",),
     ),
     Family(
         "novafs_tier_capacity_bytes",
         GAUGE,
         "Bytes that a tier may hold.",
-        _each(l1="cache.l1.capacity_bytes", l2="cache.l2.capacity_bytes"),
+        read.each(l1="cache.l1.capacity_bytes", l2="cache.l2.capacity_bytes", l3="l3_capacity_bytes"),
         ("tier",),
     ),
-    Family("novafs_tier_up", GAUGE, "Whether a tier answers: 1 or 0.", _each(l1="cache.l1.up", l2="cache.l2.up"), ("tier",)),
+    Family(
+        "novafs_tier_up",
+        GAUGE,
+        "Whether a tier answered when it was asked last: 1 or 0. l2 is Redis, l3 the store.",
+        read.each(l1="cache.l1.up", l2="cache.l2.up", l3="store.up"),
+        ("tier",),
+    ),
     Family(
         "novafs_evictions_total",
         COUNTER,
         "Chunks evicted from a tier by this process.",
-        _each(l1="cache.l1.evictions", l2="cache.l2.evictions"),
+        read.each(l1="cache.l1.evictions", l2="cache.l2.evictions"),
         ("tier",),
     ),
-    Family("novafs_fills_total", COUNTER, "Chunks written to L2.", _one("cache.fill.fills")),
-    Family("novafs_demotions_total", COUNTER, "Chunks that L1 evicted and L2 took.", _one("cache.fill.demotions")),
+    Family("novafs_fills_total", COUNTER, "Chunks written to L2.", read.one("cache.fill.fills")),
+    Family("novafs_demotions_total", COUNTER, "Chunks that L1 evicted and L2 took.", read.one("cache.fill.demotions")),
     Family(
         "novafs_shared_fetches_total",
         COUNTER,
         "Times that a chunk was asked for while its fetch was under way.",
-        _one("cache.shared_fetches"),
+        read.one("cache.shared_fetches"),
     ),
-    Family("novafs_store_requests_total", COUNTER, "Requests to the store.", _members("store.by_operation", "requests"), ("operation",)),
+    # The store
+    Family(
+        "novafs_store_failing_seconds",
+        GAUGE,
+        "Since when no request to the store was answered; 0 while it answers.",
+        read.one("store.failing_s"),
+    ),
+    Family(
+        "novafs_store_request_seconds",
+        HISTOGRAM,
+        "Time that one request to the store took, waiting for a connection and retries excluded.",
+        read.histogram("store"),
+        ("operation",),
+    ),
+    Family(
+        "novafs_store_requests_total", COUNTER, "Requests to the store.", read.members("store.by_operation", "requests"), ("operation",)
+    ),
     Family(
         "novafs_store_retries_total",
         COUNTER,
         "Requests to the store that repeated one.",
-        _members("store.by_operation", "retries"),
+        read.members("store.by_operation", "retries"),
         ("operation",),
     ),
     Family(
         "novafs_store_seconds_total",
         COUNTER,
-        "Seconds that calls of the store took, waiting included.",
-        _members("store.by_operation", "seconds"),
+        "Seconds that calls of the store took, waiting and retries included.",
+        read.members("store.by_operation", "seconds"),
         ("operation",),
     ),
-    Family("novafs_store_read_bytes_total", COUNTER, "Object bytes read.", _members("store.by_operation", "read_bytes"), ("operation",)),
+    Family(
+        "novafs_store_read_bytes_total", COUNTER, "Object bytes read.", read.members("store.by_operation", "read_bytes"), ("operation",)
+    ),
     Family(
         "novafs_store_written_bytes_total",
         COUNTER,
         "Object bytes written.",
-        _members("store.by_operation", "written_bytes"),
+        read.members("store.by_operation", "written_bytes"),
         ("operation",),
     ),
     Family(
         "novafs_store_errors_total",
         COUNTER,
         "Calls of the store that raised, 'no such object' included.",
-        _store_errors,
+        read.store_errors,
         ("operation", "error"),
     ),
-    Family("novafs_store_waiting", GAUGE, "Calls that wait for a connection to the store.", _one("store.waiting")),
-    Family("novafs_prefetch_chunks_total", COUNTER, "Prefetched chunks by source and what became of them.", _ends, ("source", "end")),
-    Family("novafs_prefetch_accuracy", GAUGE, "Prefetched chunks used before they were evicted / prefetched.", _one("prefetch.accuracy")),
-    Family("novafs_prefetch_coverage", GAUGE, "Misses avoided / misses without prefetch.", _one("prefetch.coverage")),
-    Family("novafs_prefetch_in_flight_chunks", GAUGE, "Prefetches under way.", _one("prefetch.in_flight")),
-    Family("novafs_policy_cpu_seconds_total", COUNTER, "CPU seconds spent on learning and predicting.", _one("prefetch.policy_cpu_s")),
-    Family("cache_ml_accuracy", GAUGE, "Predictions of the eviction model that were right / judged.", _one("eviction.accuracy")),
-    Family("cache_ml_predictions", COUNTER, "Predictions of the eviction model.", _one("eviction.predictions")),
-    Family("novafs_eviction_cpu_seconds_total", COUNTER, "CPU seconds spent on learning whom to evict.", _one("eviction.cpu_s")),
+    Family("novafs_store_waiting", GAUGE, "Calls that wait for a connection to the store.", read.one("store.waiting")),
+    # Deduplication, compression, collection
     Family(
-        "novafs_eviction_shadow_hit_rate",
-        GAUGE,
-        "Hit rate of each policy's shadow cache.",
-        _members("eviction.shadow_hit_rates"),
-        ("policy",),
+        "novafs_written_chunks_total",
+        COUNTER,
+        "Chunks that commits wrote: stored anew, known already (`duplicate`), or zeros (`hole`).",
+        read.each(new="written.new_chunks", duplicate="written.dedup_chunks", hole="written.hole_chunks"),
+        ("result",),
     ),
+    Family("novafs_written_plain_bytes_total", COUNTER, "Content that was stored anew, before compression.", read.one("written.new_bytes")),
+    Family("novafs_written_stored_bytes_total", COUNTER, "The same, after compression.", read.one("written.stored_bytes")),
+    Family("novafs_compression_ratio", GAUGE, "Content / payload of what this process has stored.", read.compression),
     Family(
         "novafs_collection",
         GAUGE,
         "Figures of the last complete collection, by name (`novafs gc`): dedup ratio, saved and freed bytes among them.",
-        _members("collection"),
+        read.members("collection"),
         ("figure",),
     ),
-    Family("cache_hit_rate", GAUGE, "Chunks that a tier had / asked of it.", _hit_rates, ("tier",)),
-    Family("cache_prefetch_accuracy", GAUGE, "The same as novafs_prefetch_accuracy.", _one("prefetch.accuracy")),
-    Family("cache_prefetch_count", COUNTER, "Chunks prefetched.", _one("prefetch.total.issued")),
+    Family("novafs_collection_ended_timestamp_seconds", GAUGE, "When that collection ended.", read.one("collection.ended_s")),
+    # Prefetch
+    Family(
+        "novafs_prefetch_chunks_total",
+        COUNTER,
+        "Prefetched chunks by source and what became of them: issued; and used, late, wasted or dropped.",
+        read.ends,
+        ("source", "end"),
+    ),
+    Family(
+        "novafs_prefetch_accuracy", GAUGE, "Prefetched chunks used before they were evicted / prefetched.", read.one("prefetch.accuracy")
+    ),
+    Family("novafs_prefetch_coverage", GAUGE, "Misses avoided / misses without prefetch.", read.one("prefetch.coverage")),
+    Family(
+        "novafs_prefetch_misses_total",
+        COUNTER,
+        "Misses of guests, with prefetch as it is, and as they would have been without (`without`).",
+        read.each(**{"with": "prefetch.misses", "without": "prefetch.misses_without"}),
+        ("prefetch",),
+    ),
+    Family("novafs_prefetch_in_flight_chunks", GAUGE, "Prefetches under way.", read.one("prefetch.in_flight")),
+    # Learning
+    Family(
+        "novafs_policy_cpu_seconds_total",
+        COUNTER,
+        "CPU seconds spent on learning, predicting and choosing.",
+        read.each(prefetch="prefetch.policy_cpu_s", eviction="eviction.cpu_s"),
+        ("part",),
+    ),
+    Family(
+        "novafs_prefetch_examples_total", COUNTER, "Candidates whose end the prefetch gate has learned from.", read.one("prefetch.examples")
+    ),
+    Family(
+        "novafs_prefetch_log_loss",
+        GAUGE,
+        "Mean log loss of the prefetch gate's lately judged predictions: 0 is perfect, 0.69 a coin.",
+        read.one("prefetch.log_loss"),
+    ),
+    Family(
+        "novafs_eviction_shadow_hit_rate",
+        GAUGE,
+        "Hit rate of each policy's shadow cache.",
+        read.members("eviction.shadow_hit_rates"),
+        ("policy",),
+    ),
+    Family(
+        "novafs_eviction_in_charge",
+        GAUGE,
+        "1 for the policy that decides who leaves L1, where that learns.",
+        read.in_charge,
+        ("policy",),
+    ),
+    Family("novafs_eviction_changes_total", COUNTER, "How often another policy took charge.", read.one("eviction.switches")),
+    Family("novafs_eviction_trainings_total", COUNTER, "Models that the eviction policy has learned.", read.one("eviction.trainings")),
+    Family(
+        "novafs_eviction_calibration",
+        GAUGE,
+        "Of chunks that were given about this chance of being asked for again, the share that was.",
+        read.calibration,
+        ("said",),
+    ),
+    # Between the tiers
+    Family(
+        "novafs_promotions_total",
+        COUNTER,
+        "Chunks that came up into L1, by where from.",
+        read.each(l2="cache.fill.l2_promotions", l3="cache.fill.l3_promotions"),
+        ("tier",),
+    ),
+    Family(
+        "novafs_admissions_total",
+        COUNTER,
+        "Chunks read from L3, by whether they were let into L2 (`admitted`) or nobody was expected to ask for them again (`one_off`).",
+        read.each(admitted="cache.fill.admissions", one_off="cache.fill.one_offs"),
+        ("outcome",),
+    ),
+    Family(
+        "novafs_demotions_refused_total",
+        COUNTER,
+        "Chunks that L1 evicted, that L2 lacked, and that were not worth a place there.",
+        read.one("cache.fill.demotions_refused"),
+    ),
+    # The names of the first specification
+    Family("cache_hit_rate", GAUGE, "Chunks that a tier had / asked of it.", read.hit_rates, ("tier",)),
+    Family(
+        "cache_latency_ms",
+        GAUGE,
+        "Milliseconds that a read of a tier took in the last minute, or since the start where that had none.",
+        read.milliseconds,
+        ("tier", "percentile"),
+    ),
+    Family("cache_prefetch_accuracy", GAUGE, "The same as novafs_prefetch_accuracy.", read.one("prefetch.accuracy")),
+    Family("cache_prefetch_count", UNTYPED, "Chunks prefetched.", read.one("prefetch.total.issued")),
+    Family(
+        "cache_dedup_ratio",
+        GAUGE,
+        "References to chunks / chunks stored, of the whole volume as the last collection counted; before there was one, of what "
+        "this process has written.",
+        read.dedup_ratio,
+    ),
+    Family(
+        "cache_dedup_saved_bytes",
+        GAUGE,
+        "Content that is not stored again because it is stored already; of what, as for cache_dedup_ratio.",
+        read.dedup_saved,
+    ),
+    Family(
+        "cache_ml_accuracy",
+        GAUGE,
+        "Predictions of the eviction model that were right / judged, where the policy learns.",
+        read.one("eviction.accuracy"),
+    ),
+    Family("cache_ml_predictions", UNTYPED, "Predictions of the eviction model.", read.one("eviction.predictions")),
 )
 
 
-class _Documents(Collector):
-    def __init__(self, read: Callable[[], Document]) -> None:
-        self._read = read
+def families(document: Document) -> Iterator[Metric]:
+    """The metrics of a document, for prometheus_client."""
+    from prometheus_client.core import (
+        CounterMetricFamily,
+        GaugeMetricFamily,
+        HistogramMetricFamily,
+        UnknownMetricFamily,
+    )  # an HTTP server comes along
 
-    def describe(self) -> Iterable[Metric]:
-        return ()  # nothing is asked of the trio thread before the first scrape
+    kinds = {GAUGE: GaugeMetricFamily, UNTYPED: UnknownMetricFamily}
+    for family in FAMILIES:
+        if family.kind == HISTOGRAM:
+            histogram = HistogramMetricFamily(family.name, family.help, labels=family.labels)
+            for labels, buckets, sum_s in family.samples(document):
+                histogram.add_metric(labels, buckets, sum_s)
+            yield histogram
+            continue
+        if family.kind == COUNTER:
+            metric: Any = CounterMetricFamily(family.name.removesuffix("_total"), family.help, labels=family.labels)
+        else:
+            metric = kinds[family.kind](family.name, family.help, labels=family.labels)
+        for labels, value in family.samples(document):
+            metric.add_metric(labels, value)
+        yield metric
 
-    def collect(self) -> Iterator[Metric]:
-        document = self._read()
-        for family in FAMILIES:
-            if family.kind == COUNTER:
-                metric: Metric = CounterMetricFamily(family.name.removesuffix("_total"), family.help, labels=family.labels)
-            else:
-                metric = GaugeMetricFamily(family.name, family.help, labels=family.labels)
-            for labels, value in family.samples(document):
-                metric.add_metric(labels, value)  # type: ignore[attr-defined]  # both have it, their base has not
-            yield metric
+
+def exposition(document: Document, accept: str) -> tuple[bytes, str]:
+    """What `/metrics` answers, these metrics and the process's own, and its Content-Type. accept: the request's header."""
+    from prometheus_client import ProcessCollector
+    from prometheus_client.exposition import choose_encoder
+    from prometheus_client.registry import Collector, CollectorRegistry
+
+    class Documents(Collector):
+        def collect(self) -> Iterable[Metric]:
+            return families(document)
+
+        def describe(self) -> Iterable[Metric]:
+            return ()
+
+    registry = CollectorRegistry()
+    registry.register(Documents())
+    ProcessCollector(registry=registry)
+    encode, kind = choose_encoder(accept)
+    return encode(registry), kind
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -274,59 +452,58 @@ def parse_address(text: str) -> tuple[str, int]:
     address, _, port = text.strip().rpartition(":")
     address = address.strip("[]") or "127.0.0.1"
     if not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
-        raise ConfigError(f"{text!r}: expected ADDRESS:PORT with a port from 1 to 65535, or off")
+        raise ConfigError(f"{text!r}: expected ADDRESS:PORT with a port from 1 to 65535, auto, or off")
     return address, int(port)
 
 
-@asynccontextmanager
-async def metrics_server(where: str, statistics: Callable[[], Document]) -> AsyncIterator[None]:
-    """Serve `/metrics` at `where` for as long as the block lasts. Raises ConfigError where the address can not be used."""
-    address, port = parse_address(where)
-    token = trio.lowlevel.current_trio_token()
-
-    def read() -> Document:
-        async def answer() -> Document:
-            with trio.fail_after(ANSWER_S):
-                await trio.lowlevel.checkpoint()
-                return statistics()
-
-        return trio.from_thread.run(answer, trio_token=token)
-
-    registry = CollectorRegistry()
-    registry.register(_Documents(read))
-    try:
-        server, thread = await trio.to_thread.run_sync(lambda: start_http_server(port, addr=address, registry=registry))
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise ConfigError(
-                f"metrics: port {port} of {address} is in use by another process; give another with --metrics, or off"
-            ) from error
-        raise ConfigError(f"metrics: cannot listen on {address} port {port}: {error.strerror}; give another address, or off") from error
-    _bound(server)
-    try:
-        yield
-    finally:
-        with trio.CancelScope(shield=True):
-            # In a thread: a scrape that is under way needs this one to end.
-            await trio.to_thread.run_sync(server.shutdown)
-            await trio.to_thread.run_sync(thread.join)
-            server.server_close()
+PROCESS: Final = (
+    ("process_cpu_seconds_total", COUNTER, "CPU seconds of the daemon."),
+    ("process_resident_memory_bytes", GAUGE, "Memory of the daemon."),
+    ("process_virtual_memory_bytes", GAUGE, "Its address space."),
+    ("process_open_fds", GAUGE, "Its open descriptors."),
+    ("process_max_fds", GAUGE, "How many it may have."),
+    ("process_start_time_seconds", GAUGE, "When it began, in epoch seconds."),
+)
+"""What prometheus_client adds."""
 
 
-def _bound(server: Any) -> None:
-    """Clients that connect and say nothing hold at most SCRAPES_MAX threads and descriptors, each for IDLE_S."""
-    slots = threading.BoundedSemaphore(SCRAPES_MAX)
-    serve = server.process_request_thread
+_INTRODUCTION: Final = """\
+# Metrics
 
-    def process(request: Any, client_address: Any) -> None:
-        try:
-            serve(request, client_address)
-        finally:
-            slots.release()
+Every mount serves these at `/metrics`, on 127.0.0.1 port 9619 or the next that is free up to 9650, unless the key `metrics` says otherwise;
+`novafs stats` tells where. [Alert rules](prometheus/novafs.rules.yml) and a [Grafana dashboard](grafana/novafs.json) are made for them;
+[operations.md](operations.md) says what to do at each alert. This page is made from `novafs/metrics.py` by `python -m novafs.metrics`.
 
-    server.RequestHandlerClass = type("Handler", (server.RequestHandlerClass,), {"timeout": IDLE_S})
-    server.verify_request = lambda _request, _client_address: slots.acquire(blocking=False)
-    server.process_request_thread = process
+```yaml
+scrape_configs:
+  - job_name: novafs
+    static_configs:
+      - targets: ["127.0.0.1:9619"]   # and 9620, … where a host has several mounts
+```
+
+| path of the port | what it answers |
+|---|---|
+| `/metrics` | the metrics below |
+| `/` | the status page: rates, tiers, a map of each open image, latencies, events; it fetches `/status.json` and `/residency.json` |
+| `/healthz` | 200 while the daemon's event loop turns, from its start to its end; 503 where it does not answer within 5 s |
+| `/readyz` | 200 while requests are answered; else 503 with the reason in words |
+
+Ready is a mount that answers through the kernel. A store that is away makes it *degraded*, which is still ready: L1, L2 and the
+journal go on. It is not ready while the volume is opened or closed, at the cap on data at risk, and, while the store is away, once a
+request has failed by it, or with `durability = "store"`.
+
+The port is read-only and takes no password: whoever may connect sees names of images and figures. Beyond loopback, put it behind
+something that asks who it is. The page is shown under an address, `localhost` or the host's own name only, so that no foreign web site can
+read it through a visitor's browser.
+
+## The metrics
+
+Tiers are `l1` (memory), `l2` (Redis) and `l3` (the store). Histograms have buckets at 1, 2.5 and 5 of each decade from 1 µs to 100 s. Where
+a figure is not known (no prefetch yet, no Redis), its metric is missing. Counters begin at 0 with the daemon.
+
+| metric | kind | meaning |
+|---|---|---|
+"""
 
 
 def markdown() -> str:
@@ -335,19 +512,7 @@ def markdown() -> str:
         f"| `{family.name}`{'{' + ', '.join(family.labels) + '}' if family.labels else ''} | {family.kind} | {family.help} |"
         for family in FAMILIES
     ]
-    return "\n".join(
-        [
-            "# Metrics",
-            "",
-            "Served by a mount at `/metrics` where `metrics` names an address (`novafs mount … --metrics 127.0.0.1:9567`). Made from",
-            "`novafs/metrics.py` by `python -m novafs.metrics`.",
-            "",
-            "| metric | kind | meaning |",
-            "|---|---|---|",
-            *rows,
-            "",
-        ]
-    )
+    return _INTRODUCTION + "\n".join([*rows, *(f"| `{name}` | {kind} | {help_} |" for name, kind, help_ in PROCESS), ""])
 
 
 if __name__ == "__main__":

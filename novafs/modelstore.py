@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 import trio
@@ -27,7 +27,7 @@ from novafs.eviction.state import check_older
 from novafs.objectstore.client import StoreClient
 from novafs.prefetch.blob import BLOB_MAX
 from novafs.prefetch.engine import PrefetchEngine
-from novafs.prefetch.model import NAMES, dump_models, load_models, merge_models
+from novafs.prefetch.model import NAMES, dump_models, load_models, merge_models, reset_models
 from novafs.prefetcher import harmless
 from novafs.revisions import counter_of, revision_name
 
@@ -47,6 +47,68 @@ EVICTION: Final = "eviction"
 def model_prefix(name: str) -> str:
     """Where a model's revisions lie."""
     return f"{PREFIX}{name}/"
+
+
+def model_key(volume_id: str, name: str) -> bytes:
+    """What L2 holds a model under: an id that no chunk has."""
+    return hashlib.sha256(f"novafs model {volume_id} {name}".encode()).digest()
+
+
+async def load_saved(client: StoreClient, name: str) -> bytes | None:
+    """A model as it was saved last; None where none was. Not checked. Raises what the store raises."""
+    newest = await newest_model(client, name)
+    return newest[1] if newest is not None else None
+
+
+async def newest_model(client: StoreClient, name: str) -> tuple[int, bytes] | None:
+    """Number and bytes of a model's newest revision; no bytes where it has more than a model can have."""
+    for _ in range(TRIES_MAX):
+        infos = await client.list(model_prefix(name), limit=1)
+        if not infos or (counter := counter_of(infos[0].name)) is None:
+            return None
+        if infos[0].size > BLOB_MAX:
+            return counter, b""
+        try:
+            return counter, await client.get(infos[0].name)
+        except ObjectNotFoundError:
+            continue  # deleted since: there is a newer one
+    return None
+
+
+async def save_merged(client: StoreClient, name: str, mine: bytes, merge: Callable[[bytes, bytes], bytes]) -> bytes | None:
+    """Save a model joined with what is there; what is there then, None where it is a newer NovaFS's and stays.
+
+    Raises what the store raises. merge: of mine and theirs, in a worker thread; raises ObjectCorruptError where theirs is no good,
+    NewerFormatError where it must stay.
+    """
+    for _ in range(TRIES_MAX):
+        newest = await newest_model(client, name)
+        counter, blob = 0, mine
+        if newest is not None:
+            counter = newest[0] + 1
+            try:
+                blob = await trio.to_thread.run_sync(merge, mine, newest[1])
+            except NewerFormatError:
+                return None
+            except ObjectCorruptError as error:
+                log.warning("a saved model is replaced: %s", error)
+            if blob == newest[1]:
+                return blob
+        if await create_model(client, name, counter, blob):
+            return blob
+        # Another host was faster: join with its.
+    return None
+
+
+async def create_model(client: StoreClient, name: str, counter: int, blob: bytes) -> bool:
+    """Create a model's next revision, and delete all but the two newest; False where another host was faster."""
+    try:
+        await client.create(revision_name(model_prefix(name), counter), blob)
+    except ObjectExistsError:
+        return False
+    old = [info.name for info in await client.list(model_prefix(name)) if counter_of(info.name) is not None]
+    await client.delete_many(old[KEPT:])
+    return True
 
 
 class ModelStore:
@@ -93,6 +155,23 @@ class ModelStore:
             else:
                 self.loaded.append(EVICTION)
 
+    async def changed(self, names: Sequence[str], *, reset: bool) -> list[str]:
+        """An operator has reset models in the store, or put others there: forget them here, or learn what they say. Those that this was
+        done for: what the eviction policy knows stays until the next mount.
+        """
+        async with self._lock:
+            mine = [name for name in names if name in NAMES]
+            if reset:
+                reset_models(self._engine, mine)
+                for name in names:
+                    self._saved.pop(name, None)
+                if self._l2 is not None and self._l2.up:
+                    keys = [self._key(name) for name in names]
+                    await trio.to_thread.run_sync(self._l2.delete_many, keys, limiter=self._l2_threads)
+                return mine
+            blobs = {name: blob for name in mine if (blob := await load_saved(self._client, name)) is not None}
+            return load_models(self._engine, blobs)
+
     async def run(self) -> None:
         """Save now and then, until cancelled."""
         save_at_s = trio.current_time() + SAVE_S
@@ -137,6 +216,8 @@ class ModelStore:
             await self._to_l2(await trio.to_thread.run_sync(_joined, dict(self._saved), await self._from_l2()))
 
     def _learned(self) -> bool:
+        if not self._engine.settings.learning_rate:
+            return False
         return self._engine.statistics().accesses - self._seen >= LEARNED_MIN
 
     async def _dumped(self) -> dict[str, bytes]:
@@ -146,25 +227,11 @@ class ModelStore:
 
     # -- the store ----------------------------------------------------------------------------------------------
 
-    async def _newest(self, name: str) -> tuple[int, bytes] | None:
-        """Number and bytes of a model's newest revision."""
-        for _ in range(TRIES_MAX):
-            infos = await self._client.list(model_prefix(name), limit=1)
-            if not infos or (counter := counter_of(infos[0].name)) is None:
-                return None
-            if infos[0].size > BLOB_MAX:
-                return counter, b""
-            try:
-                return counter, await self._client.get(infos[0].name)
-            except ObjectNotFoundError:
-                continue  # deleted since: there is a newer one
-        return None
-
     async def _from_store(self) -> dict[str, bytes]:
         found: dict[str, bytes] = {}
 
         async def look(name: str) -> None:
-            newest = await self._newest(name)
+            newest = await newest_model(self._client, name)
             if newest is not None:
                 found[name] = newest[1]
 
@@ -176,34 +243,14 @@ class ModelStore:
         return found
 
     async def _save(self, name: str, mine: bytes) -> None:
-        for _ in range(TRIES_MAX):
-            newest = await self._newest(name)
-            counter, blob = 0, mine
-            if newest is not None:
-                counter = newest[0] + 1
-                try:
-                    blob = await trio.to_thread.run_sync(_merged, name, mine, newest[1])
-                except NewerFormatError:
-                    return
-                except ObjectCorruptError as error:
-                    log.warning("a saved model is replaced: %s", error)
-                if blob == newest[1]:
-                    self._saved[name] = blob
-                    return
-            try:
-                await self._client.create(revision_name(model_prefix(name), counter), blob)
-            except ObjectExistsError:
-                continue  # another host was faster: join with its
-            self._saved[name] = blob
-            old = [info.name for info in await self._client.list(model_prefix(name)) if counter_of(info.name) is not None]
-            await self._client.delete_many(old[KEPT:])
-            return
+        saved = await save_merged(self._client, name, mine, lambda one, other: merge_saved(name, one, other))
+        if saved is not None:
+            self._saved[name] = saved
 
     # -- L2 -----------------------------------------------------------------------------------------------------
 
     def _key(self, name: str) -> bytes:
-        """L2 holds models under ids that no chunk has."""
-        return hashlib.sha256(f"novafs model {self._volume_id} {name}".encode()).digest()
+        return model_key(self._volume_id, name)
 
     async def _from_l2(self) -> Mapping[str, bytes]:
         l2 = self._l2
@@ -224,7 +271,8 @@ class ModelStore:
         await trio.to_thread.run_sync(l2.put_many, frames, limiter=self._l2_threads)
 
 
-def _merged(name: str, mine: bytes, theirs: bytes) -> bytes:
+def merge_saved(name: str, mine: bytes, theirs: bytes) -> bytes:
+    """What both know, of any model that `ModelStore` keeps. Raises what `merge_models` raises."""
     if name != EVICTION:
         return merge_models(name, mine, theirs)
     check_older(theirs, PREFIX + name)  # what a newer NovaFS has learned stays
@@ -237,7 +285,7 @@ def _joined(mine: Mapping[str, bytes], theirs: Mapping[str, bytes]) -> dict[str,
     for name, blob in theirs.items():
         if name in joined:
             try:
-                joined[name] = _merged(name, joined[name], blob)
+                joined[name] = merge_saved(name, joined[name], blob)
             except NewerFormatError:
                 del joined[name]
             except ObjectCorruptError:

@@ -58,10 +58,17 @@ _SWITCHES: Final = {
 }
 _WITH_VALUE: Final = ("uid", "gid", "umask", "fsname", "busy_timeout")
 _IGNORED: Final = re.compile(
-    r"defaults|(no)?(auto|user|dev|exec|suid|atime|diratime|relatime)|users|owner|group|nofail|_netdev|async|strictatime|[xX]-.*|comment"
+    r"defaults|(no)?(auto|user|dev|exec|suid|atime|diratime|relatime|lazytime|iversion|symfollow)|users|owner|group|nofail|_netdev|async|"
+    r"strictatime|silent|loud|[xX]-.*|comment|helper|uhelper"
 )
 _ID_MAX: Final = (1 << 32) - 2
 """2**32 - 1 is (uid_t) -1, which chown(2) reads as "leave it"."""
+
+
+def known_option(word: str) -> bool:
+    """Whether `word`, `option` or `option=value`, is one of those that `parse_mount_options` understands or passes over."""
+    option = word.strip().partition("=")[0]
+    return option in _SWITCHES or option in _WITH_VALUE or option in BY_OPTION or _IGNORED.fullmatch(option) is not None
 
 
 def parse_mount_options(texts: Iterable[str]) -> ParsedOptions:
@@ -76,6 +83,8 @@ def parse_mount_options(texts: Iterable[str]) -> ParsedOptions:
             option, equals, value = word.strip().replace("\\,", ",").partition("=")
             if (not option and not equals) or _IGNORED.fullmatch(option):
                 continue
+            if option == "remount":
+                raise ConfigError("-o remount: a mount's options can not be changed: unmount it, then mount it with the others")
             if option in _SWITCHES:
                 if equals:
                     raise ConfigError(f"-o {option}: takes no value, found {value!r}")

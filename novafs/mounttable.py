@@ -11,6 +11,10 @@ NOVAFS_TYPE: Final = "fuse.novafs"
 """Type of our mounts: libfuse makes it from the option `subtype=novafs`."""
 
 
+AUTOFS_TYPE: Final = "autofs"
+"""Type of a mount point at which a mount is made at the first access."""
+
+
 class MountLine(NamedTuple):
     """One mount. fuse_uid: the user who mounted it, for FUSE mounts."""
 

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import trio
 
-from novafs import aside, control, snapshots, statedir
+from novafs import aside, control, handoff, snapshots, statedir, warming
 from novafs.catalogtree import Entry, split_path
 from novafs.config import Config
 from novafs.errors import InvalidNameError
@@ -86,6 +86,25 @@ async def _reading(volume: Volume, request: Mapping[str, Any]) -> Any:
     return volume.prefetcher.describe(entry.node_id) if volume.prefetcher is not None else {}
 
 
+async def _warm_plan(volume: Volume, request: Mapping[str, Any]) -> Any:
+    return await warming.plan(volume, dict(request))
+
+
+async def _warm(volume: Volume, request: Mapping[str, Any]) -> Any:
+    return await warming.step(volume, dict(request))
+
+
+async def _handoff(volume: Volume, request: Mapping[str, Any]) -> Any:
+    entry = await _image(volume, request)
+    return await handoff.hand_off(volume, entry, str(request["to"]), timeout_s=float(request.get("patience_s", 30.0)))
+
+
+async def _models_changed(volume: Volume, request: Mapping[str, Any]) -> Any:
+    from novafs.modeladmin import models_changed  # imports every model
+
+    return await models_changed(volume, request)
+
+
 OPERATIONS: Final[Mapping[str, Operation]] = {
     "clone": _clone,
     "snapshot": _snapshot,
@@ -93,6 +112,10 @@ OPERATIONS: Final[Mapping[str, Operation]] = {
     "rollback": _rollback,
     "apply_aside": _apply_aside,
     "reading": _reading,
+    "handoff": _handoff,
+    "models_changed": _models_changed,
+    "warm_plan": _warm_plan,
+    "warm": _warm,
 }
 
 

@@ -19,7 +19,8 @@ import contextlib
 from collections.abc import AsyncIterator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from time import perf_counter
 from typing import Final, NamedTuple
 
 import trio
@@ -46,15 +47,22 @@ are not uploaded yet; of what it has forgotten the dedup index knows, and a chun
 
 @dataclass(slots=True)
 class WriteCounts:
-    """What a writer has done; bytes are of payloads for `stored_bytes`, of plain content for the others."""
+    """What a writer has done. plain_bytes: content of chunks that are no holes; new_bytes: of what is stored anew, blobs included, and
+    stored_bytes: its payloads."""
 
     new_chunks: int = 0
     dedup_chunks: int = 0
     hole_chunks: int = 0
     plain_bytes: int = 0
+    new_bytes: int = 0
     stored_bytes: int = 0
     packs: int = 0
     uploaded_bytes: int = 0
+
+    def add(self, other: WriteCounts) -> None:
+        """Count what `other` has counted as well."""
+        for each in fields(self):
+            setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))
 
 
 class PacksLostError(NovaError):
@@ -116,7 +124,9 @@ class PackWriter:
         codec_level: int | None,
         workers: trio.CapacityLimiter,
         cache: ChunkCache | None,
+        totals: WriteCounts | None = None,
     ) -> None:
+        self._totals = totals
         self._nursery = nursery
         self._client = client
         self._dedup = dedup
@@ -171,6 +181,7 @@ class PackWriter:
                 await self._upload()
             reference = self._builder.add(item.chunk_id, item.frame, len(item.plain))
             counts.new_chunks += 1
+            counts.new_bytes += len(item.plain)
             counts.stored_bytes += reference.length
             self._placed[item.chunk_id] = reference
             if len(self._placed) > PLACED_MAX:
@@ -216,8 +227,10 @@ class PackWriter:
         try:
             started_s = boot_time_s()
             data = builder.finish()
+            began_s = perf_counter()
             with contextlib.suppress(ObjectExistsError):  # ids are random: it is this very pack, whose first answer was lost
                 await self._client.create(pack_name(builder.pack_id), data)
+            self._client.latencies.of("l3", "put").note(perf_counter() - began_s)
             self.counts.packs += 1
             self.counts.uploaded_bytes += len(data)
             await self._dedup.note_uploaded(builder.pack_id, builder.references, started_s)
@@ -238,6 +251,9 @@ class PackWriter:
         await self._upload()
         await self._idle.wait()
         self._raise_failed()
+        if self._totals is not None:
+            self._totals.add(self.counts)
+            self._totals = None  # once, however often this is called
 
 
 def _identify(plains: Sequence[bytes]) -> list[ChunkId | None]:
@@ -257,8 +273,12 @@ async def open_pack_writer(
     codec_level: int | None = None,
     workers: trio.CapacityLimiter,
     cache: ChunkCache | None = None,
+    totals: WriteCounts | None = None,
 ) -> AsyncIterator[PackWriter]:
-    """A writer for one commit. Leaving the block without `finish` abandons what was put (packs may stay, unreferenced)."""
+    """A writer for one commit. Leaving the block without `finish` abandons what was put (packs may stay, unreferenced).
+
+    totals: where what it has done is added up at `finish`.
+    """
     async with open_nursery() as nursery:
-        yield PackWriter(nursery, client, dedup, codec=codec, codec_level=codec_level, workers=workers, cache=cache)
+        yield PackWriter(nursery, client, dedup, codec=codec, codec_level=codec_level, workers=workers, cache=cache, totals=totals)
         nursery.cancel_scope.cancel()

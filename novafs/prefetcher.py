@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -40,7 +40,13 @@ log = logging.getLogger(__name__)
 
 LOG_WAKE: Final = 256
 """Hits that wait for company: one pass over so many costs a guest's next read about 10 ms at worst, and few of them anything."""
+SPARED_WAKE: Final = 32
+SPARED: Final = 8
+"""Where the store is quick and the policies are above their share of the CPU, one of so many misses is considered."""
+QUICK_S: Final = 0.003
+"""A store that answers within this costs its readers less than the policies do."""
 LOG_MAX: Final = 4096
+RECENT_MAX: Final = 1 << 14
 STEP: Final = 64
 """Log entries worked on between two chances for readers."""
 TICK_S: Final = 0.25
@@ -86,7 +92,11 @@ class Prefetcher:
         self._cache = cache
         self._requests_max = max(1, requests_max // 2)
         self._requests = 0
+        self._spared = 0
+        self._last_miss = (-1, -1)
         self._log: list[_Entry] = []
+        self._recent: deque[tuple[int, int, int]] = deque(maxlen=RECENT_MAX)
+        """Image number, first and last chunk of the latest reads, for `read_last`: the engine does not see them all."""
         self._lost = 0
         self._wake = trio.Event()
         self._numbers: OrderedDict[bytes, int] = OrderedDict()
@@ -135,6 +145,19 @@ class Prefetcher:
             with harmless():
                 self.engine.closed(number)
 
+    def read_last(self, image: ImageReader, most: int) -> list[int]:
+        """The chunks of an image that were read last, as far as they are remembered: the last one first."""
+        with harmless():
+            self._work_off()
+        number, found = image.watch_number, dict[int, None]()
+        for other, first, last in reversed(self._recent):
+            if other == number:
+                for index in range(last, first - 1, -1):
+                    found.setdefault(index)
+                if len(found) >= most:
+                    break
+        return list(found)[:most]
+
     def finish(self) -> None:
         """The volume is being closed: what is still open has been read as far as it will be."""
         with harmless():
@@ -158,7 +181,15 @@ class Prefetcher:
             self._log.append(_Entry(image, first, last, missing))
         else:
             self._lost += 1
-        self._wake.set()
+        number, before, self._last_miss = image.watch_number, self._last_miss, (image.watch_number, last)
+        # Waking up costs as much as all else that is spared, so what looks random waits for more of it.
+        joined = before[0] == number and abs(first - before[1]) <= 1
+        if joined or len(self._log) >= SPARED_WAKE or not self._sparing(number):
+            self._wake.set()
+
+    def _sparing(self, number: int) -> bool:
+        """Whether misses of an image are dear: the policies are above their share of the CPU, and what they could save is little."""
+        return self.engine.hopeless(number) and not self.throttle.open and 0.0 < self.pacer.demand_s < QUICK_S
 
     # -- the background -----------------------------------------------------------------------------------------
 
@@ -177,6 +208,8 @@ class Prefetcher:
                 while self._log:
                     self._work_off(STEP)
                     self._dispatch()
+                    if not self._log:
+                        break
                     spent_s = time.thread_time() - began_s
                     await trio.lowlevel.checkpoint()
                     self.throttle.account(spent_s, 0.0)
@@ -209,6 +242,7 @@ class Prefetcher:
             number = entry.image.watch_number
             if number not in self._open:
                 continue
+            self._recent.append((number, entry.first, entry.last))
             if number in self._waiting:
                 self._waiting[number].append(entry)
                 del self._waiting[number][LOG_MAX:]
@@ -246,17 +280,29 @@ class Prefetcher:
     def _observe(self, entry: _Entry, now_s: float) -> None:
         engine, image = self.engine, entry.image
         base = image.watch_number << INDEX_BITS
+        skimming, sparing = not self.throttle.open, self._sparing(image.watch_number)
+        if skimming and entry.first == entry.last and not entry.missing and not engine.expected(base | entry.first):  # most of them
+            raw = image.entry_nowait(entry.first)
+            if raw is not None and raw != HOLE_BYTES:
+                engine.skim(base | entry.first, raw)
+            return
         seen: list[tuple[int, bytes]] = []
         for index in range(entry.first, entry.last + 1):
             raw = image.entry_nowait(index)
             if raw is not None and raw != HOLE_BYTES:
                 seen.append((index, raw))
         for index, raw in seen:
-            access = Access(base | index, key_of(raw), now_s, False, index not in entry.missing, more=index != seen[-1][0])
-            if not self.throttle.open and access.hit and not engine.expected(access.place):
-                engine.skim(access)
+            place, hit = base | index, index not in entry.missing
+            if skimming and hit and not engine.expected(place):
+                engine.skim(place, raw)
+            elif sparing and not hit and not engine.expected(place) and not engine.continues(place) and self._spare():
+                engine.skim(place, raw, missed=True)
             else:
-                engine.observe(access)
+                engine.observe(Access(place, key_of(raw), now_s, False, hit, more=index != seen[-1][0]), sparing=skimming)
+
+    def _spare(self) -> bool:
+        self._spared = (self._spared + 1) % SPARED
+        return self._spared != 0
 
     # -- fetching -----------------------------------------------------------------------------------------------
 
@@ -403,6 +449,7 @@ class Prefetcher:
         found = self.engine.statistics()
         return {
             **asdict(found),
+            "patterns": self.engine.patterns(),
             "accuracy": found.total.accuracy,
             "coverage": found.coverage,
             "in_flight": self.pacer.in_flight,

@@ -40,8 +40,8 @@ from novafs.forward import ForwardTable, Rows
 from novafs.generation import PREFIX as IMAGES_PREFIX
 from novafs.generation import Generation, generation_chain
 from novafs.imagemap import LEVELS_MAX, NODE_BYTES
+from novafs.lease import HANDOFFS_PREFIX, WANTS_PREFIX, LeaseRecord, lease_chain
 from novafs.lease import PREFIX as LEASES_PREFIX
-from novafs.lease import WANTS_PREFIX, LeaseRecord, lease_chain
 from novafs.objectstore.base import ObjectInfo
 from novafs.packcount import PackTable
 from novafs.pins import PREFIX as PINS_PREFIX
@@ -108,7 +108,7 @@ class Doomed:
     generations: list[str] = field(default_factory=list)
     leases: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    """Pins and wants that nobody renews, probes."""
+    """Pins and wants that nobody renews, offers that nobody took, probes."""
 
 
 @dataclass(slots=True)
@@ -502,7 +502,8 @@ class _Walker:
     async def notes(self) -> None:
         """Requests for leases, and probes, that nobody came back for."""
         doomed = self._found.doomed.notes
-        doomed += [info.name for info in await self._client.list(WANTS_PREFIX) if info.modified_s <= self._found.cutoff_s]
+        for prefix in (WANTS_PREFIX, HANDOFFS_PREFIX):
+            doomed += [info.name for info in await self._client.list(prefix) if info.modified_s <= self._found.cutoff_s]
         limit_s = self._found.started_s - min(self._found.grace_s, PROBE_AGE_S) - CLOCK_SLACK_S
         doomed += [info.name for info in await self._client.list(PROBE_PREFIX) if info.modified_s <= limit_s]
 

@@ -154,7 +154,7 @@ def _busy(state_dir: Path) -> BusyError:
 
 def _holder(state_dir: Path) -> str:
     found = _read_holder(state_dir)
-    return f" at {found[1]} (process {found[0]})" if found else ""
+    return f" {'at' if found[1].startswith('/') else 'by'} {found[1]} (process {found[0]})" if found else ""
 
 
 def check_free(state_dir: Path) -> None:
@@ -257,18 +257,33 @@ def find_record(mountpoint: str, *, fuse_uid: int | None = None) -> MountRecord 
     A file that belongs to neither of them is not believed: it could lead root to a directory of an attacker's choice.
     """
     for uid in dict.fromkeys((os.getuid(), 0, os.getuid() if fuse_uid is None else fuse_uid)):
-        path = _record_path(mountpoint, uid)
-        try:
-            with path.open("rb") as file:
-                if os.fstat(file.fileno()).st_uid != uid:
-                    continue
-                found = json.loads(file.read(65536))
-            record = MountRecord(**{name: found[name] for name in MountRecord.__slots__})
-        except (OSError, ValueError, LookupError, TypeError):
-            continue
-        if record.mountpoint == mountpoint:
+        record = _read_record(_record_path(mountpoint, uid), uid)
+        if record is not None and record.mountpoint == mountpoint:
             return record
     return None
+
+
+def find_mounts(volume: str) -> list[MountRecord]:
+    """What is noted, by this user or root, of mounts of the volume, as it was written when it was mounted, whose daemons live."""
+    found = []
+    for uid in dict.fromkeys((os.getuid(), 0)):
+        directory = _records_dir(uid)
+        for path in sorted(directory.glob("*.json")) if os.access(directory, os.R_OK | os.X_OK) else ():
+            record = _read_record(path, uid)
+            if record is not None and record.volume == volume and holder(Path(record.state_dir)) == record.pid:
+                found.append(record)
+    return found
+
+
+def _read_record(path: Path, uid: int) -> MountRecord | None:
+    try:
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_uid != uid:
+                return None
+            found = json.loads(file.read(65536))
+        return MountRecord(**{name: found[name] for name in MountRecord.__slots__})
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def _write_whole(path: Path, text: str) -> None:

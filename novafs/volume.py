@@ -21,7 +21,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 import trio
@@ -54,18 +54,21 @@ from novafs.errors import (
     StoreUnavailableError,
     TooLargeError,
 )
+from novafs.events import EventRing
 from novafs.eviction.base import EvictionPolicy, make_policy
 from novafs.eviction.learned import LearnedPolicy
 from novafs.generation import Generation, generation_chain
 from novafs.image import Image, mistake
+from novafs.imagereader import ImageTraffic
 from novafs.journal import Journal
 from novafs.journalfile import Segment
+from novafs.latency import LatencyBook
 from novafs.lease import LeaseManager, LeaseRules
 from novafs.modelstore import ModelStore
 from novafs.objectstore.base import ObjectStore
 from novafs.objectstore.client import StoreClient
 from novafs.objectstore.url import StoreOptions, open_store
-from novafs.packwriter import PackWriter, open_pack_writer
+from novafs.packwriter import PackWriter, WriteCounts, open_pack_writer
 from novafs.pins import Pins
 from novafs.prefetch.account import Settings
 from novafs.prefetcher import Prefetcher
@@ -73,6 +76,9 @@ from novafs.recovery import recover
 from novafs.revisions import Chain, ConflictError, Head, boot_time_s, new_nonce
 from novafs.superblock import Superblock, create_superblock, read_superblock
 from novafs.writeback import COMMITS_MAX, WritebackController, WritebackRules
+
+if TYPE_CHECKING:
+    from novafs.handoff import Receiver
 
 log = logging.getLogger(__name__)
 
@@ -152,6 +158,7 @@ async def open_volume(
     prefetch: bool = False,
     store: ObjectStore | None = None,
     ops: FileOps = durable.SYSTEM,
+    events: EventRing | None = None,
 ) -> AsyncIterator[Volume]:
     """The volume that `config` names. On leaving, dirty images are committed and leases given back.
 
@@ -159,13 +166,14 @@ async def open_volume(
     images; what a crash left in the journal is replayed before this returns.
     prefetch: fetch ahead of readers and learn from them, where the configuration allows it: for whoever serves guests.
     store: instead of the one that the configuration names, and ops: below everything that has to be durable on this
-    host; the seams for crash tests.
+    host; the seams for crash tests. events: where commits and leases are told of.
     Raises NoVolumeError, NewerFormatError, ConfigError, StoreDeniedError, BucketMissingError, StoreUnavailableError.
     """
     if store is None:
         options = StoreOptions(pool_size=config.store.requests_max)
         store = await trio.to_thread.run_sync(lambda: open_store(str(config.volume_url), options=options))
-    client = StoreClient(store, io_timeout_s=config.store.io_timeout_s, requests_max=config.store.requests_max)
+    latencies = LatencyBook()
+    client = StoreClient(store, io_timeout_s=config.store.io_timeout_s, requests_max=config.store.requests_max, latencies=latencies)
     async with AsyncExitStack() as stack:
         stack.callback(client.store.close)
         superblock, head = await _read_start(client, probe=not read_only)
@@ -200,6 +208,7 @@ async def open_volume(
             l2_codec=config.l2.codec,
             l2_timeout_s=2 * config.l2.timeout_s,
             relocate=dedup.forwards.relocate,
+            latencies=latencies,
         )
         journal: Journal | None = None
         segments: list[Segment] = []
@@ -207,11 +216,24 @@ async def open_volume(
             opened = await trio.to_thread.run_sync(lambda: Journal.open(config.state_dir / "journal", ops=ops))
             journal, segments = opened
             stack.callback(opened[0].close)
+            journal.sync_latency = latencies.of("journal", "sync")
         await stack.enter_async_context(cache.running())
         nursery = await stack.enter_async_context(open_nursery())
         prefetcher = _prefetcher(config, cache, superblock.chunk_size) if prefetch and config.prefetch.enabled else None
+        if prefetcher is not None:
+            l1.policy.set_patterns(prefetcher.engine.pattern)
         volume = Volume(
-            config, superblock, client, cache, dedup, head, journal=journal, read_only=read_only, prefetcher=prefetcher, ops=ops
+            config,
+            superblock,
+            client,
+            cache,
+            dedup,
+            head,
+            journal=journal,
+            read_only=read_only,
+            prefetcher=prefetcher,
+            ops=ops,
+            events=events,
         )
         await volume.start(nursery)
         try:
@@ -223,16 +245,30 @@ async def open_volume(
             yield volume
         finally:
             with trio.move_on_after(CLOSE_TIMEOUT_S, shield=True) as closing:
-                await volume.close()
+                async with open_nursery() as ending:
+                    ending.start_soon(_put_off, volume, closing)
+                    await volume.close()
+                    ending.cancel_scope.cancel()
             if closing.cancelled_caught:
                 raise StoreUnavailableError(
-                    f'{client.url}: not everything was committed within {CLOSE_TIMEOUT_S:.0f} s of the end; with durability = "journal" '
+                    f'{client.url}: nothing more could be stored for {CLOSE_TIMEOUT_S:.0f} s at the end; with durability = "journal" '
                     f"it is in the journal under {config.state_dir}, and the next mount on this host commits it"
                 )
             # Apart: everything is committed, and this being cut short is no reason to say that it was not.
             with trio.move_on_after(MODELS_TIMEOUT_S, shield=True):
                 await volume.save_models()
         nursery.cancel_scope.cancel()
+
+
+async def _put_off(volume: Volume, end: trio.CancelScope) -> None:
+    """Put the end off for as long as something gets stored: an upload may be long, as long as it is one."""
+    before = volume.stored_so_far
+    while True:
+        await trio.sleep(CLOSE_TIMEOUT_S / 60)
+        now = volume.stored_so_far
+        if now != before:
+            before = now
+            end.deadline = trio.current_time() + CLOSE_TIMEOUT_S
 
 
 async def _close_l2(l2: Tier) -> None:
@@ -270,19 +306,37 @@ def _policy(config: Config) -> EvictionPolicy:
     policy = make_policy(config.l1.policy)
     if isinstance(policy, LearnedPolicy):
         policy.limit_cpu(POLICY_CPU_SHARE)
+    policy.set_learning_rate(config.learning.rate)
     return policy
 
 
 def _prefetcher(config: Config, cache: ChunkCache, chunk_size: int) -> Prefetcher:
-    settings = Settings(
+    return Prefetcher(cache, _prefetch_settings(config, chunk_size), requests_max=config.store.requests_max)
+
+
+def _prefetch_settings(config: Config, chunk_size: int) -> Settings:
+    return Settings(
         prefetch_window=config.prefetch.window,
         prefetch_window_bytes=config.prefetch.window_bytes,
         prefetch_accuracy_target=config.prefetch.accuracy_target,
         prefetch_aggression=config.prefetch.aggression,
         prefetch_traffic_max=config.prefetch.traffic_max,
+        learning_rate=config.learning.rate,
         chunk_size=chunk_size,
     )
-    return Prefetcher(cache, settings, requests_max=config.store.requests_max)
+
+
+def _writeback_rules(config: Config) -> WritebackRules:
+    return WritebackRules(
+        durability=config.durability,
+        dirty_max_bytes=config.writeback.dirty_max_bytes,
+        interval_s=config.writeback.interval_s,
+        flush_timeout_s=config.store.io_timeout_s,
+    )
+
+
+def _lease_rules(config: Config) -> LeaseRules:
+    return LeaseRules(config.durability, config.lease.takeover, config.lease.ttl_s, config.lease.wait_s, config.gc.grace_s)
 
 
 class Volume:
@@ -301,6 +355,7 @@ class Volume:
         read_only: bool,
         prefetcher: Prefetcher | None = None,
         ops: FileOps = durable.SYSTEM,
+        events: EventRing | None = None,
     ) -> None:
         self.config = config
         self.superblock = superblock
@@ -311,29 +366,36 @@ class Volume:
         self.chunk_size = superblock.chunk_size
         self.grace_s = config.gc.grace_s
         self.catalog = Catalog(catalog_chain(client, grace_s=self.grace_s), head, fetch=cache.fetch, pack_writer=self.pack_writer)
-        rules = WritebackRules(
-            durability=config.durability,
-            dirty_max_bytes=config.writeback.dirty_max_bytes,
-            interval_s=config.writeback.interval_s,
-            flush_timeout_s=config.store.io_timeout_s,
-        )
-        lease_rules = LeaseRules(config.durability, config.lease.takeover, config.lease.ttl_s, config.lease.wait_s, self.grace_s)
         # Heartbeats have requests of their own: those of commits and reads may all hang.
-        beats = StoreClient(client.store, io_timeout_s=min(client.io_timeout_s, config.lease.ttl_s / 3), requests_max=BEATS_MAX)
+        beats = StoreClient(
+            client.store, io_timeout_s=min(client.io_timeout_s, config.lease.ttl_s / 3), requests_max=BEATS_MAX, health=client.health
+        )
+        self.latencies = client.latencies
+        self.events = events if events is not None else EventRing()
         self.writeback = WritebackController(
-            rules,
+            _writeback_rules(config),
             journal=journal,
-            leases=LeaseManager(client, journal.journal_id, lease_rules, beats=beats) if journal is not None else None,
+            leases=LeaseManager(client, journal.journal_id, _lease_rules(config), beats=beats) if journal is not None else None,
             state_dir=config.state_dir,
             images=lambda: self._images.values(),
             pack_writer=self.pack_writer,
             ops=ops,
+            events=self.events,
+            latencies=self.latencies,
         )
+        self.writes = WriteCounts()
+        """What commits of this process have stored."""
+        self._past_traffic = ImageTraffic()
+        """Of images and views that were closed."""
         self.prefetcher = prefetcher
         self.models: ModelStore | None = None
+        self.receiver: Receiver | None = None
+        """Of what other hosts give up, where this one serves guests."""
         if self.prefetcher is not None:
             self.models = ModelStore(self.prefetcher.engine, cache.l1.policy, client, cache.l2, superblock.volume_id, read_only=read_only)
         self._workers = trio.CapacityLimiter(2)
+        self.warm_threads: trio.CapacityLimiter | None = None
+        """Of `novafs.warming`."""
         self._images: dict[bytes, Image] = {}
         self._views: set[Image] = set()
         host_id = journal.journal_id if journal is not None else secrets.token_bytes(16)
@@ -357,6 +419,7 @@ class Volume:
             codec_level=self.config.l3.codec_level,
             workers=self._workers,
             cache=self.cache if cache else None,
+            totals=self.writes,
         )
 
     async def start(self, nursery: trio.Nursery) -> None:
@@ -366,7 +429,29 @@ class Volume:
         if self.prefetcher is not None and self.models is not None:
             nursery.start_soon(self.prefetcher.run, nursery)
             nursery.start_soon(self.models.run)
+            if self.writeback.journal is not None:
+                from novafs.handoff import Receiver  # it imports this module
+
+                self.receiver = Receiver(self)
+                self.writeback.on_wanted = self.receiver.wanted
+                nursery.start_soon(self.receiver.run)
         nursery.start_soon(self.pins.run)
+
+    @property
+    def stored_so_far(self) -> tuple[int, int]:
+        """What changes with whatever is stored: bytes that were sent to the store, and bytes that are still to be committed."""
+        sent = sum(figures.written_bytes for figures in self.client.statistics().by_operation.values())
+        return sent, self.writeback.at_risk.bytes
+
+    def set_config(self, config: Config) -> None:
+        """Work with the live keys of `config` (`novafs.reload`) from now on; L1's capacity is the caller's matter: it takes time."""
+        self.config = config
+        self.client.io_timeout_s = config.store.io_timeout_s
+        self.writeback.set_rules(_writeback_rules(config))
+        if self.writeback.leases is not None:
+            self.writeback.leases.rules = _lease_rules(config)
+        if self.prefetcher is not None:
+            self.prefetcher.engine.retune(_prefetch_settings(config, self.chunk_size))
 
     def _opened(self) -> list[tuple[bytes, int]]:
         """The generations whose content handles here may read."""
@@ -381,6 +466,7 @@ class Volume:
         while True:
             await trio.sleep(HINT_INTERVAL_S)
             self._trim_maps()
+            self.latencies.tick(trio.current_time())
             for _ in range(POLICY_SLICES_MAX):
                 if not self.cache.l1.work():
                     break
@@ -492,7 +578,7 @@ class Volume:
         head = await chain.commit(None, first)
         if confirm is not None:
             await confirm()
-        self._remember_head(head)
+        self.remember_head(head)
         entry = Entry(
             name,
             first.image_id,
@@ -514,7 +600,7 @@ class Volume:
             # A collection that saw no name yet may be deleting the generation: one more it has not seen. (Who opened the image
             # meanwhile and wrote to it has made one.)
             with contextlib.suppress(ConflictError):
-                self._remember_head(await chain.commit(head, head.record.successor()))
+                self.remember_head(await chain.commit(head, head.record.successor()))
         return entry
 
     async def mkdir(self, parent_id: bytes, name: str, *, mode: int = 0o755, uid: int = 0, gid: int = 0) -> Entry:
@@ -693,9 +779,11 @@ class Volume:
         self._forgotten(image)
         self._unlinked.discard(image.node_id)
         if not unlinked:
-            self._remember_head(Head(image.head, boot_time_s() - ATTRIBUTES_AGE_S / 2))
+            self.remember_head(Head(image.head, boot_time_s() - ATTRIBUTES_AGE_S / 2))
 
     def _forgotten(self, image: Image) -> None:
+        self._past_traffic.add(image.traffic)
+        image.traffic = ImageTraffic()  # a handle that is still open counts on
         if self.prefetcher is not None and not image.handles:
             self.prefetcher.closed(image)
 
@@ -707,14 +795,21 @@ class Volume:
 
     async def open_snapshot(self, node_id: bytes, counter: int, *, name: str) -> Image:
         """A read-only view of one retained generation, with one handle; it is not shared. Raises ObjectNotFoundError."""
-        chain = generation_chain(self.client, node_id)
-        head = Head(await chain.read(counter), boot_time_s())
+        head = Head(await generation_chain(self.client, node_id).read(counter), boot_time_s())
+        return self.open_view(head, name=name, watched_as=node_id + counter.to_bytes(8, "little"))
+
+    def open_view(self, head: Head[Generation], *, name: str, watched_as: bytes) -> Image:
+        """A read-only view of the generation `head`, with one handle; `close_image` ends it.
+
+        watched_as: what the prefetcher knows it by: the same for all generations of what is read alike.
+        """
+        node_id = head.record.image_id
         view = Image(
             node_id=node_id,
             name=name,
             chunk_size=self.chunk_size,
             head=head,
-            chain=chain,
+            chain=self._generations(node_id),
             cache=self.cache,
             writeback=self.writeback,
             read_only=True,
@@ -723,17 +818,26 @@ class Volume:
         view.handles = 1
         self._views.add(view)
         if self.prefetcher is not None:
-            self.prefetcher.opened(view, node_id + counter.to_bytes(8, "little"))
+            self.prefetcher.opened(view, watched_as)
         return view
 
     def _generations(self, image_id: bytes) -> Chain[Generation]:
         return generation_chain(self.client, image_id, grace_s=self.grace_s)
 
+    def open_images(self) -> list[Image]:
+        """The images and views of snapshots that are open here."""
+        return [*self._images.values(), *self._views]
+
     def image(self, node_id: bytes) -> Image | None:
         """The open image of a node, if any; no handle is counted."""
         return self._images.get(node_id)
 
-    def _remember_head(self, head: Head[Generation]) -> None:
+    def known_head(self, image_id: bytes) -> Head[Generation] | None:
+        """The newest generation of an image that was seen here, if it is still remembered, and when it was read."""
+        return self._heads.get(image_id)
+
+    def remember_head(self, head: Head[Generation]) -> None:
+        """Note the newest generation of an image."""
         known = self._heads.get(head.record.image_id)
         if known is not None and known.record.counter > head.record.counter:
             return  # of a look that began earlier and was slow
@@ -773,7 +877,7 @@ class Volume:
             head = await generation_chain(self.client, entry.node_id).head(head)
             if head is None:
                 raise NotFoundError(f"{self.catalog.path_of(entry)}: the image has no generation in the store; run 'novafs fsck'")
-            self._remember_head(head)
+            self.remember_head(head)
         record = head.record
         return Attributes(
             record.size, record.held_bytes, entry.atime_ns, record.mtime_ns, max(record.ctime_ns, entry.ctime_ns), record.counter
@@ -835,6 +939,12 @@ class Volume:
         capacity = int(min(self.config.l3.capacity_bytes, used + free))
         return VolumeUsage(max(capacity, used), used, len(self._images))
 
+    def _traffic(self) -> ImageTraffic:
+        found = ImageTraffic()
+        for part in (self._past_traffic, *(image.traffic for image in self.open_images())):
+            found.add(part)
+        return found
+
     def _eviction(self) -> dict[str, Any]:
         policy = self.cache.l1.policy
         quality = policy.quality()
@@ -848,14 +958,23 @@ class Volume:
                 "id": self.superblock.volume_id,
                 "chunk_size": self.chunk_size,
                 "read_only": self.read_only,
+                "host_id": self.pins.host_id.hex(),
             },
+            "handoffs": {"taken": self.receiver.taken, "chunks": self.receiver.warmed} if self.receiver is not None else None,
             "catalog_revision": self.catalog.revision,
             "images_open": len(self._images),
             "data_at_risk": asdict(self.writeback.at_risk),
             "dirty_max_bytes": self.writeback.rules.dirty_max_bytes,
+            "lease_ttl_s": self.config.lease.ttl_s,
+            "l3_capacity_bytes": self.config.l3.capacity_bytes,
             "commits": self.writeback.commits,
             "commit_errors": self.writeback.commit_errors,
             "journal": asdict(self.writeback.journal.statistics()) if self.writeback.journal is not None else None,
+            "leases": asdict(self.writeback.lease_statistics()),
+            "traffic": asdict(self._traffic()),
+            "written": asdict(self.writes),
+            "latency": {s: {o: asdict(f) for o, f in found.items()} for s, found in self.latencies.figures().items()},
+            "events": dict(self.events.counts),
             "collection": dict(self.dedup.condemned.current.summary),
             "map_bytes": sum(image.map_bytes for image in (*self._images.values(), *self._views)),
             "cache": asdict(self.cache.statistics()),

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -32,11 +32,15 @@ from novafs.errors import (
     StaleError,
     StoreFullError,
 )
+from novafs.events import EventRing
 from novafs.image import CommitTicket, Image, mistake
 from novafs.journal import Journal
 from novafs.journalfile import Record
+from novafs.latency import Latency, LatencyBook
 from novafs.lease import Lease, LeaseManager
 from novafs.packwriter import PackWriter
+from novafs.revisions import boot_time_s
+from novafs.units import format_duration, format_size
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +68,20 @@ class DataAtRisk:
     images: int
 
 
+@dataclass(frozen=True, slots=True)
+class LeaseStatistics:
+    """Images whose lease is held here; is still to be given back; is asked for by another host. lost: since the start.
+
+    heartbeat_age_s: since the heartbeat that was answered longest ago was sent; 0 where none is held.
+    """
+
+    held: int
+    leaving: int
+    wanted: int
+    lost: int
+    heartbeat_age_s: float
+
+
 class WritebackController:
     """One per volume that may write. `images` gives the open images; `pack_writer` and `nursery` are the volume's."""
 
@@ -77,6 +95,8 @@ class WritebackController:
         images: Callable[[], Iterable[Image]],
         pack_writer: Callable[[], contextlib.AbstractAsyncContextManager[PackWriter]],
         ops: FileOps = durable.SYSTEM,
+        events: EventRing | None = None,
+        latencies: LatencyBook | None = None,
     ) -> None:
         self.rules = rules
         self.journal = journal
@@ -93,10 +113,15 @@ class WritebackController:
         self._commits = trio.CapacityLimiter(COMMITS_MAX)
         self._committing: set[bytes] = set()
         self._answering: set[bytes] = set()
+        self.on_wanted: Callable[[Image, list[bytes]], Awaitable[None]] | None = None
+        """Called when the journals that ask for an image's lease have been answered. Raises nothing."""
         self._ops = ops
         self._disk = trio.CapacityLimiter(4)  # for small files beside the journal
+        self.events = events if events is not None else EventRing()
+        self._commit_latency = latencies.of("commit", "commit") if latencies is not None else Latency()
         self.commits = 0
         self.commit_errors = 0
+        self.leases_lost = 0
 
     # -- what images ask ----------------------------------------------------------------------------------------
 
@@ -109,6 +134,11 @@ class WritebackController:
     def flush_timeout_s(self) -> float:
         """How long the close of a handle waits for the store."""
         return self.rules.flush_timeout_s
+
+    def set_rules(self, rules: WritebackRules) -> None:
+        """Other rules from now on; who waits for room under the old cap looks again."""
+        self.rules = rules
+        self.account_dirty(0)
 
     def account_dirty(self, change: int) -> None:
         """Dirty bytes of an image changed: wake the commits above half of the cap, and writers below it."""
@@ -145,10 +175,12 @@ class WritebackController:
             )
         await self._on_disk(self._note_lease, image.node_id)
         try:
-            return await self.leases.acquire(image.node_id, image.name)
+            lease = await self.leases.acquire(image.node_id, image.name)
         except LeaseHeldError:
             await self.forget_lease(image.node_id)
             raise
+        self.events.note("lease", f"{image.name}: lease taken, epoch {lease.epoch}")
+        return lease
 
     def unsure_lease(self, image: Image) -> Lease | None:
         """The lease that a failed `acquire_lease` may have taken all the same; it is to be released."""
@@ -157,6 +189,8 @@ class WritebackController:
     async def release_lease(self, lease: Lease) -> None:
         """Give it back. Raises what the store raises; the note stays then, and the next mount tries again."""
         await lease.release()
+        name = next((image.name for image in self._images() if image.node_id == lease.record.image_id), lease.record.image_id.hex())
+        self.events.note("lease", f"{name}: lease of epoch {lease.epoch} given back")
         await self.forget_lease(lease.record.image_id)
 
     async def forget_lease(self, image_id: bytes) -> None:
@@ -179,6 +213,20 @@ class WritebackController:
         with contextlib.suppress(FileExistsError):
             durable.write_new(self._lease_files / image_id.hex(), b"", ops=self._ops)
 
+    def note_commit(self, image: Image, taken_bytes: int, seconds: float) -> None:
+        """A generation was committed: count it."""
+        self.commits += 1
+        self._commit_latency.note(seconds)
+        if image.head.patch:  # one an fsync: nobody would see anything else
+            return
+        text = f"{image.name}: generation {image.generation} committed, {format_size(taken_bytes)} in {format_duration(seconds)}"
+        self.events.note("commit", text)
+
+    def note_lease_lost(self, image: Image) -> None:
+        """Another host has taken the lease over: count it."""
+        self.leases_lost += 1
+        self.events.note("lease", f"{image.name}: another host has taken the lease over")
+
     def commit_soon(self, image: Image) -> CommitTicket:
         """Start a commit in the background."""
         ticket = CommitTicket()
@@ -186,6 +234,11 @@ class WritebackController:
             raise StaleError(f"{image.name}: the volume is being closed")
         self._nursery.start_soon(ticket.run, image)
         return ticket
+
+    def start(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Run it in the background; not at all where the volume is being closed. It handles its own errors."""
+        if self._nursery is not None and not self._nursery.cancel_scope.cancel_called:
+            self._nursery.start_soon(work)
 
     async def set_aside(self, image: Image, records: list[Record], error: NovaError) -> None:
         """Keep what was written under a lost lease in a file under `aside/`, and say where."""
@@ -221,6 +274,18 @@ class WritebackController:
 
     # -- the background -----------------------------------------------------------------------------------------
 
+    def lease_statistics(self) -> LeaseStatistics:
+        """The leases of the open images."""
+        held = leaving = wanted = 0
+        oldest_s = now_s = boot_time_s()
+        for image in self._images():
+            leaving += image.leaving
+            if (lease := image.lease) is not None:
+                held += 1
+                wanted += lease.wanted
+                oldest_s = min(oldest_s, lease.sent_s)
+        return LeaseStatistics(held, leaving, wanted, self.leases_lost, max(0.0, now_s - oldest_s))
+
     @property
     def at_risk(self) -> DataAtRisk:
         """Data that the store does not have yet."""
@@ -236,9 +301,8 @@ class WritebackController:
             nursery.start_soon(self._keep_leases, self.leases)
 
     async def _commit_by_age(self) -> None:
-        pause_s = max(0.05, min(1.0, self.rules.interval_s / 4))
         while True:
-            await trio.sleep(pause_s)
+            await trio.sleep(max(0.05, min(1.0, self.rules.interval_s / 4)))
             now = trio.current_time()
             for image in list(self._images()):
                 since = image.dirty_since_s
@@ -264,16 +328,15 @@ class WritebackController:
         try:
             async with self._commits:
                 await image.commit()
-                self.commits += 1
                 self._stuck.pop(image.node_id, None)
         except RetryableError as error:
             self.commit_errors += 1
             self._stuck.pop(image.node_id, None)
-            log.warning("%s: not committed yet, the store does not answer: %s", image.name, error)
+            log.warning("%(image)s: not committed yet, the store does not answer: %(error)s", {"image": image.name, "error": error})
             await trio.sleep(RETRY_S)
         except NovaError as error:
             self.commit_errors += 1
-            log.error("%s: can not be committed: %s", image.name, error)
+            log.error("%(image)s: can not be committed: %(error)s", {"image": image.name, "error": error})
             await self._note_stuck(image, error)
         except Exception as error:
             self.commit_errors += 1
@@ -322,6 +385,8 @@ class WritebackController:
             lease.asked = True
             await image.commit()
             await self._send_beat(image, lease, wanted)
+            if self.on_wanted is not None:
+                await self.on_wanted(image, wanted)
         except Exception as error:
             known = error if isinstance(error, NovaError) else mistake(image, error)
             log.warning("%s: who asks for its lease is answered later: %s", image.name, known)
@@ -336,7 +401,7 @@ class WritebackController:
             if image.lease is lease:
                 await image.lose_lease(error)
         except NovaError as error:
-            log.warning("%s: no heartbeat of its lease: %s", image.name, error)
+            log.warning("%(image)s: no heartbeat of its lease: %(error)s", {"image": image.name, "error": error})
         else:
             return True
         return False

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.support.browser import missing_browser
 from tests.support.ceph import missing_tools
 from tests.support.traces import REASON, traces_folder
 
@@ -47,7 +48,19 @@ def _missing_qemu() -> str:
     return f"not installed: {', '.join(missing)} (Debian: qemu-system-x86 qemu-utils)" if missing else ""
 
 
-NEEDS = {"fuse": _missing_fuse, "redis": _missing_redis, "s3": _missing_ceph, "qemu": _missing_qemu}
+def _missing_prometheus() -> str:
+    missing = [tool for tool in ("prometheus", "promtool") if shutil.which(tool) is None]
+    return f"not installed: {', '.join(missing)} (Debian: prometheus)" if missing else ""
+
+
+NEEDS = {
+    "fuse": _missing_fuse,
+    "redis": _missing_redis,
+    "s3": _missing_ceph,
+    "qemu": _missing_qemu,
+    "prometheus": _missing_prometheus,
+    "browser": missing_browser,
+}
 
 
 def pytest_report_header() -> list[str]:

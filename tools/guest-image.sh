@@ -86,7 +86,8 @@ trap 'exit 130' INT TERM HUP
 root=$work/root
 
 echo "guest-image: installing $distribution $suite with $kernel (a minute or two)"
-debootstrap --variant=minbase --include="$kernel,initramfs-tools,systemd-sysv,udev,e2fsprogs" "$suite" "$root" "$mirror" \
+# python3 and fuse3 are for the test that installs NovaFS in the guest (tests/e2e/test_service.py).
+debootstrap --variant=minbase --include="$kernel,initramfs-tools,systemd-sysv,udev,e2fsprogs,python3,fuse3" "$suite" "$root" "$mirror" \
     >"$work/log" 2>&1 || {
     tail -n 20 "$work/log" "$root/debootstrap/debootstrap.log" >&2 || true
     fail "debootstrap of $suite failed"
@@ -116,10 +117,11 @@ ExecStart=/bin/sh -c 'exec /bin/sh /dev/vdb >/dev/ttyS0 2>&1'
 [Install]
 WantedBy=multi-user.target
 UNIT
-# Nothing that a test waits for needs these, and each costs seconds under emulation.
+# Nothing that a test waits for needs these, and each costs seconds under emulation. A login prompt on the serial console would also hang
+# up on the script.
 rm -f "$root"/etc/systemd/system/timers.target.wants/* "$root"/lib/systemd/system/timers.target.wants/*
 systemctl="chroot $root systemctl --quiet"
-for unit in getty@tty1 systemd-update-utmp systemd-update-utmp-runlevel e2scrub_reap; do
+for unit in getty@tty1 getty-static serial-getty@ttyS0 systemd-update-utmp systemd-update-utmp-runlevel e2scrub_reap; do
     $systemctl mask "$unit.service" >>"$work/log" 2>&1
 done
 $systemctl enable guest-script.service >>"$work/log" 2>&1

@@ -47,6 +47,18 @@ python_has_headers() {
     "$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))'
 }
 
+is_ubuntu() {
+    grep -qs '^ID=ubuntu$' /etc/os-release
+}
+
+have_chromium() {
+    have chromium || have chromium-browser || have google-chrome
+}
+
+system_python_has_headers() {
+    python=/usr/bin/python3 python_has_headers
+}
+
 look() {
     missing=""
     need python3-venv "$python" -c 'import venv, ensurepip'
@@ -68,6 +80,11 @@ look() {
         need fio have fio
         need debootstrap have debootstrap
         need openssl have openssl
+        need groff-base have groff
+        need python3-dev system_python_has_headers # of the guest that NovaFS is installed in: tests/support/guest_python.py
+        need prometheus have promtool
+        # Ubuntu has it as a snap only, which runs neither as root nor in a container: its tests are skipped there.
+        is_ubuntu || need chromium have_chromium
         need procps have ps
     fi
 }
@@ -92,6 +109,7 @@ if [ -n "$missing" ]; then
         as_root=sudo
     fi
     redis_was_there=$(have redis-server && echo yes || echo no)
+    prometheus_was_there=$(have prometheus && echo yes || echo no)
     echo "==> Installing Debian packages:$missing"
     # DEBIAN_FRONTEND reaches apt through env, because sudo drops it from the environment. NEEDRESTART_SUSPEND: Ubuntu asks otherwise.
     apt="$as_root env DEBIAN_FRONTEND=noninteractive NEEDRESTART_SUSPEND=1 RUNLEVEL=1 apt-get -q -o DPkg::Lock::Timeout=300 -o Acquire::Retries=3"
@@ -108,6 +126,9 @@ if [ -n "$missing" ]; then
     # Debian starts a server as it installs it. The tests start their own ones on ports of their own.
     if [ "$redis_was_there" = no ] && [ -d /run/systemd/system ] && have redis-server; then
         $as_root systemctl disable --now --quiet redis-server.service 2>/dev/null || true
+    fi
+    if [ "$prometheus_was_there" = no ] && [ -d /run/systemd/system ] && have prometheus; then
+        $as_root systemctl disable --now --quiet prometheus.service 2>/dev/null || true
     fi
     check_python
     look

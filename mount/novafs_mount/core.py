@@ -21,6 +21,7 @@ from novafs.catalogtree import Entry
 from novafs.errors import NotFoundError, NovaError, StaleError
 from novafs.namespace import Namespace
 from novafs_mount.attributes import Figures, Presentation, shown
+from novafs_mount.errnos import told
 from novafs_mount.nodes import Node, NodeTable
 
 if TYPE_CHECKING:
@@ -75,6 +76,9 @@ class Core(pyfuse3.Operations):
     def __init__(self, volume: Volume, options: MountOptions, invalidator: Invalidator) -> None:
         super().__init__()
         self._volume = volume
+        self.latencies = volume.latencies
+        self._waited_reads, self._writes = self.latencies.of("fuse", "read"), self.latencies.of("fuse", "write")
+        """READs that had to wait, and WRITEs; what memory answered at once is noted by the image, under `l1`."""
         self._catalog = Namespace(volume)
         self._invalidator = invalidator
         self._chunk_size = volume.superblock.chunk_size
@@ -93,7 +97,12 @@ class Core(pyfuse3.Operations):
 
     def statistics(self) -> dict[str, Any]:
         """What the mount holds, for the control socket."""
-        return {"handles": len(self._handles), "nodes": len(self._nodes), "invalidations": asdict(self._invalidator.statistics())}
+        return {
+            "handles": len(self._handles),
+            "nodes": len(self._nodes),
+            "invalidations": asdict(self._invalidator.statistics()),
+            "errors": dict(told.counts),
+        }
 
     def open_paths(self) -> list[str]:
         """The images with open handles, for the log."""

@@ -18,12 +18,15 @@ from __future__ import annotations
 import errno
 import functools
 import logging
+import math
 from collections.abc import Callable, Coroutine, Mapping
+from time import monotonic, perf_counter
 from typing import Any, Concatenate, Final, ParamSpec, Protocol, TypeVar
 
 from pyfuse3 import FUSEError
 
 from novafs import errors
+from novafs.latency import LatencyBook
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +44,7 @@ ERRNOS: Final[Mapping[type[errors.NovaError], int]] = {
     errors.ReadOnlyError: errno.EROFS,
     errors.TooLargeError: errno.EFBIG,
     errors.BusyError: errno.EBUSY,
+    errors.ClosedError: errno.EBADF,
     errors.AccessDeniedError: errno.EACCES,
     errors.UnsupportedError: errno.EOPNOTSUPP,
     errors.SourceError: errno.EINVAL,
@@ -65,6 +69,7 @@ _QUIET: Final = frozenset(
         errno.EISDIR,
         errno.ENOTEMPTY,
         errno.EBUSY,
+        errno.EBADF,
         errno.EFBIG,
         errno.EACCES,
         errno.EOPNOTSUPP,
@@ -75,11 +80,36 @@ _QUIET: Final = frozenset(
 
 def errno_of(error: BaseException) -> int:
     """The errno of `error`: that of the nearest class in the table, EIO for anything that is not a NovaError."""
-    for cls in type(error).__mro__:
-        found = ERRNOS.get(cls)
-        if found is not None:
-            return found
-    return errno.EIO
+    return _errno_of_class(type(error))
+
+
+def _errno_of_class(cls: type[BaseException]) -> int:
+    return next((ERRNOS[above] for above in cls.__mro__ if above in ERRNOS), errno.EIO)
+
+
+class Told:
+    """What the kernel was told of errors that an operator should see, since the process began: it has one mount.
+
+    counts: by class of `novafs.errors`, each there from the start, at 0, or a monitor could not tell the first one from none; or of what
+    nobody foresaw. store_failed_s: `time.monotonic` when a request failed last because the store did not answer.
+    """
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
+        for cls in vars(errors).values():
+            if isinstance(cls, type) and issubclass(cls, errors.NovaError) and _errno_of_class(cls) not in _QUIET:
+                self.counts[cls.__name__] = 0
+        self.store_failed_s = -math.inf
+
+    def note(self, error: Exception) -> None:
+        """The kernel is told of `error`."""
+        name = type(error).__name__
+        self.counts[name] = self.counts.get(name, 0) + 1
+        if isinstance(error, (errors.RetryableError, errors.StoreDeniedError, errors.BucketMissingError)):
+            self.store_failed_s = monotonic()
+
+
+told: Final = Told()
 
 
 def fuse_error(error: Exception, what: str) -> FUSEError:
@@ -92,6 +122,8 @@ def fuse_error(error: Exception, what: str) -> FUSEError:
     if isinstance(error, ExceptionGroup):
         error = _foremost(error)
     number = errno_of(error)
+    if number not in _QUIET:
+        told.note(error)
     if not isinstance(error, errors.NovaError):
         log.error("%s: answered EIO to an error that nobody foresaw", what, exc_info=error)
     elif isinstance(error, errors.BugError):
@@ -121,7 +153,9 @@ def _foremost(group: ExceptionGroup[Exception]) -> Exception:
 
 
 class Describes(Protocol):
-    """What a class must offer for `answered` to decorate its handlers."""
+    """What a class must offer for `answered` to decorate its handlers. latencies: where the time that they take is noted."""
+
+    latencies: LatencyBook
 
     def describe(self, call: str, arguments: tuple[Any, ...]) -> str:
         """The call and its object in a few words, for the log. Must not raise."""
@@ -138,11 +172,14 @@ def answered(handler: Callable[Concatenate[D, P], Coroutine[Any, Any, R]]) -> Ca
 
     @functools.wraps(handler)
     async def wrapper(self: D, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        began_s = perf_counter()
         try:
             return await handler(self, *args, **kwargs)
         except FUSEError:
             raise
         except Exception as error:
             raise fuse_error(error, self.describe(handler.__name__, args)) from error
+        finally:
+            self.latencies.of("fuse", handler.__name__).note(perf_counter() - began_s)
 
     return wrapper

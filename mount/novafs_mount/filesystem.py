@@ -22,6 +22,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from time import perf_counter
 from typing import TYPE_CHECKING, Final, NoReturn
 
 import msgspec
@@ -212,17 +213,26 @@ class NovaOperations(DirectoryHandlers, XattrHandlers):
         image = self._handles[fh].image
         try:
             data = image.read_nowait(off, size)
-            return data if data is not None else await image.read(off, size)
+            if data is not None:
+                return data
+            began_s = perf_counter()
+            try:
+                return await image.read(off, size)
+            finally:
+                self._waited_reads.note(perf_counter() - began_s)
         except Exception as error:
             raise fuse_error(error, f"read {self._path(self._handles[fh].node)} at {off}+{size}") from error
 
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         """WRITE."""
         handle = self._handles[fh]
+        began_s = perf_counter()
         try:
             return await handle.image.write(off, buf, incarnation=handle.incarnation)
         except Exception as error:
             raise fuse_error(error, f"write {self._path(self._handles[fh].node)} at {off}+{len(buf)}") from error
+        finally:
+            self._writes.note(perf_counter() - began_s)
 
     @answered
     async def flush(self, fh: int) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from novafs.errors import MountError
-from novafs.mounttable import NOVAFS_TYPE, canonical, mount_at, parse_mountinfo
+from novafs.mounttable import AUTOFS_TYPE, NOVAFS_TYPE, canonical, mount_at, parse_mountinfo
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,8 @@ def prepare(mountpoint: Path, *, allow_other: bool) -> Path:
     if not stat.S_ISDIR(found.st_mode):
         raise MountError(f"mount point {path} is not a directory")
     line = mount_at(path)
-    if line is not None:
+    # systemd's automount waits for exactly this mount, over its own. (It lets nobody look into the directory before.)
+    if line is not None and line.fstype != AUTOFS_TYPE:
         hint = f"; unmount it with 'novafs umount {path}'" if line.fstype == NOVAFS_TYPE else ""
         raise MountError(f"mount point {path} is busy: {line.source} ({line.fstype}) is mounted there{hint}")
     if not os.access(path, os.W_OK | os.X_OK):

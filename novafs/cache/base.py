@@ -49,8 +49,15 @@ class Tier(Protocol):
         """The frames it holds of those asked for; counts a hit or a miss for each and notes the access."""
         ...
 
-    def put_many(self, frames: Mapping[bytes, Frame]) -> None:
-        """Insert or replace, evicting others to stay within capacity; a frame larger than the capacity is not kept."""
+    def put_many(self, frames: Mapping[bytes, Frame], chances: Mapping[bytes, float | None] = ...) -> None:
+        """Insert or replace, evicting others to stay within capacity; a frame larger than the capacity is not kept.
+
+        chances: of each the chance, 0 to 1, that it is asked for again, where one is known; for a tier that has no policy of its own.
+        """
+        ...
+
+    def rate_many(self, chances: Mapping[bytes, float | None]) -> None:
+        """What is known now of chunks that it may hold, as in `put_many`. Counts as an access; cheap, and may take effect later."""
         ...
 
     def contains_many(self, chunk_ids: Sequence[bytes]) -> set[bytes]:

@@ -123,7 +123,7 @@ class EmbeddedServer:
                 fcntl.flock(self._users, fcntl.LOCK_SH)
                 if alone and self._answers():
                     # Left behind by users who were killed: its limit may be that of another configuration.
-                    self._ask("CONFIG", "SET", "maxmemory", str(self._memory_bytes))
+                    self._ask("CONFIG", "SET", "maxmemory", str(self._memory_bytes), "maxmemory-policy", "noeviction")
                     log.info("embedded L2 in %s: adopted a server that was left behind", self.directory)
             self._start_unless_running()
 
@@ -183,7 +183,9 @@ class EmbeddedServer:
             str(self._binary),
             *("--port", "0", "--unixsocket", str(where), "--unixsocketperm", "700"),
             *("--save", "", "--appendonly", "no", "--dir", str(self.directory), "--logfile", str(output), "--loglevel", "notice"),
-            *("--maxmemory", str(self._memory_bytes), "--maxmemory-policy", "allkeys-lru"),
+            # The tier evicts, by score; a server that did so by itself could choose an index. Where it is short of memory all the
+            # same, the tier makes room.
+            *("--maxmemory", str(self._memory_bytes), "--maxmemory-policy", "noeviction"),
             *("--oom-score-adj", "absolute", "--oom-score-adj-values", "500", "500", "500"),
             # It makes a session of its own and becomes a child of init, so that none of its users has to reap it.
             *("--daemonize", "yes"),

@@ -25,6 +25,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Final
 
 from novafs.cache.base import Frame, TierStatistics
@@ -84,6 +85,7 @@ class MemoryTier:
         self.codec = codec
         self.on_evict: Callable[[list[tuple[bytes, Frame]]], None] | None = None
         """Called with what has just been evicted, after it was given up. Must not call back into the tier."""
+        self._decoded_share = decoded_share
         self._decoded_max = int(capacity_bytes * decoded_share)
         self._policy: EvictionPolicy = LruPolicy() if policy is None else policy
         self._policy.set_capacity(capacity_bytes)
@@ -156,6 +158,14 @@ class MemoryTier:
     def contains(self, chunk_id: bytes) -> bool:
         """Whether it is held. Counts nothing, notes no access."""
         return chunk_id in self._plain or chunk_id in self._frames
+
+    def frame(self, chunk_id: bytes) -> Frame | None:
+        """As it is held, for whoever hands it on. Counts nothing, notes no access."""
+        return self._frame_of(chunk_id)
+
+    def unread(self, chunk_id: bytes) -> bool:
+        """Whether it was prefetched and nobody has read it yet. Counts nothing, notes no access."""
+        return chunk_id in self._probation
 
     # --- coming and going -------------------------------------------------------------------------------------
 
@@ -245,6 +255,16 @@ class MemoryTier:
         """All bytes held, what is reserved included."""
         return self._used
 
+    def set_capacity(self, capacity_bytes: int) -> None:
+        """Another cap from now on; what is over it leaves at once, so a much smaller one is best reached in steps."""
+        self.capacity_bytes = capacity_bytes
+        self._decoded_max = int(capacity_bytes * self._decoded_share)
+        self._policy.set_capacity(capacity_bytes)
+        self._order_decoded()
+        while self._decoded_bytes > self._decoded_max:
+            self._drop_decoded(next(iter(self._decoded)))
+        self._evict_for(0)
+
     # --- the policy -------------------------------------------------------------------------------------------
 
     @property
@@ -278,14 +298,24 @@ class MemoryTier:
             self._flush_touches()
         return found
 
-    def put_many(self, frames: Mapping[bytes, Frame]) -> None:
-        """Insert or replace, evicting others to stay within capacity; a frame larger than the capacity is not kept."""
+    def put_many(self, frames: Mapping[bytes, Frame], chances: Mapping[bytes, float | None] = MappingProxyType({})) -> None:  # noqa: ARG002
+        """Insert or replace, evicting others to stay within capacity; a frame larger than the capacity is not kept.
+
+        chances: the tier has a policy of its own, and takes no notice.
+        """
         for chunk_id, frame in frames.items():
             self._drop(chunk_id)
             if frame.codec == _NONE:
                 self._hold_plain(chunk_id, frame.payload, prefetched=False)
             else:
                 self._hold_frame(chunk_id, frame, prefetched=False)
+
+    def rate_many(self, chances: Mapping[bytes, float | None]) -> None:
+        """These count as accessed."""
+        self._touched.extend(chances)
+        self._hits -= len(chances)
+        if len(self._touched) >= TOUCHES_MAX:
+            self._flush_touches()
 
     def contains_many(self, chunk_ids: Sequence[bytes]) -> set[bytes]:
         """Those it holds. Counts nothing, notes no access."""

@@ -20,10 +20,15 @@ A value that is anything else is a miss and is deleted. (Whether the content is 
 Chunks lie in `shards` shards by their first id byte modulo that number, a power of two that all hosts of a volume must
 agree on; each has its own slot in a Redis Cluster and its own part of the capacity. The scripts in `redis_scripts` insert
 and evict on one shard in one step, so writers on any number of hosts never exceed the capacity. Bytes are counted as
-length of the value + `ENTRY_BYTES`. Recency: a read notes the access here; a background thread tells the servers in batches.
+length of the value + `ENTRY_BYTES`.
 
-The alternative for recency, Redis's own allkeys-lru under maxmemory, was turned down: it knows one limit for all
-volumes of a server, and a learned score (the design's section 7) could not replace it.
+Who leaves: the lowest score in the shard's sorted set, whichever host needs the room. A score is made of the time of an
+access and the chance that the chunk is asked for again, where whoever calls knows one (`gain_of`); without, L2 is an LRU. A
+read notes its access here, `rate_many` what the model says of it, and a background thread tells the servers in batches: no
+read waits for a score.
+
+The alternative, Redis's own allkeys-lru under maxmemory, was turned down: it knows one limit for all
+volumes of a server, and no score but its own.
 """
 
 from __future__ import annotations
@@ -34,6 +39,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import xxhash
@@ -42,7 +48,7 @@ from redis.exceptions import NoScriptError, ResponseError
 from novafs.cache.base import Frame, Tier, TierStatistics
 from novafs.cache.redis_address import RedisAddress, parse_redis_url
 from novafs.cache.redis_link import Command, LinkError, RedisLink
-from novafs.cache.redis_scripts import DELETE, PUT, TOUCH, Script
+from novafs.cache.redis_scripts import DELETE, GAIN_MAX, GAIN_MIN, PUT, RATE, Script
 from novafs.codec import PLAIN_MAX
 from novafs.errors import ConfigError, NovaError
 
@@ -73,7 +79,6 @@ VALUE_BYTES_MAX: Final = _HEADER.size + PLAIN_MAX
 """The longest value there can be: a frame is never longer than its plain content."""
 _MAGIC: Final = b"NV"
 _VERSION: Final = 1
-_LENGTH: Final = struct.Struct("<I")
 _SEED: Final = struct.Struct("<Q")
 
 
@@ -94,6 +99,13 @@ def unpack_value(chunk_id: bytes, value: object) -> Frame | None:
     if xxhash.xxh64_intdigest(payload, _SEED.unpack_from(chunk_id)[0]) != digest:
         return None
     return Frame(codec, payload)
+
+
+def gain_of(chance: float | None) -> float:
+    """How much longer than the time of access alone says a chunk stays, in spans of its shard (`redis_scripts`); 0: nothing is known."""
+    if chance is None or not 0.0 <= chance <= 1.0:
+        return 0.0
+    return GAIN_MIN + (GAIN_MAX - GAIN_MIN) * chance
 
 
 def open_l2(
@@ -152,8 +164,8 @@ class RedisTier:
 
         self._lock = threading.Lock()
         """Guards what follows. Never held while a server is spoken to."""
-        self._touches: dict[bytes, int] = {}
-        """Chunk id to length of the value, oldest access first."""
+        self._touches: dict[bytes, float] = {}
+        """Chunk id to gain (`gain_of`), oldest access first."""
         self._hits = 0
         self._misses = 0
         self._insertions = 0
@@ -184,7 +196,6 @@ class RedisTier:
         """The frames it holds of those asked for; counts a hit or a miss for each and notes the access."""
         found: dict[bytes, Frame] = {}
         bad: list[bytes] = []
-        lengths: list[tuple[bytes, int]] = []
         for start in range(0, len(chunk_ids), GET_KEYS_MAX):
             asked = chunk_ids[start : start + GET_KEYS_MAX]
             most = min(VALUE_BYTES_MAX, GET_BYTES_MAX // len(asked))
@@ -198,7 +209,6 @@ class RedisTier:
                     bad.append(chunk_id)
                 else:
                     found[chunk_id] = frame
-                    lengths.append((chunk_id, len(value)))
         if bad:
             self._count_error(len(bad))
             log.warning("L2 at %s holds %d values that are none of ours, such as %s: deleted", self.address.text, len(bad), bad[0].hex())
@@ -206,24 +216,35 @@ class RedisTier:
         with self._lock:
             self._hits += len(found)
             self._misses += len(chunk_ids) - len(found)
-            for chunk_id, length in lengths:
+        self._note_accesses(dict.fromkeys(found, 0.0))
+        return found
+
+    def rate_many(self, chances: Mapping[bytes, float | None]) -> None:
+        """Note what is known of chunks that were read, or that L1 gives up; told to the servers with the accesses. Touches no network."""
+        self._note_accesses({chunk_id: gain_of(chance) for chunk_id, chance in chances.items()})
+
+    def _note_accesses(self, gains: Mapping[bytes, float]) -> None:
+        with self._lock:
+            for chunk_id, gain in gains.items():
                 self._touches.pop(chunk_id, None)
                 if len(self._touches) < TOUCHES_MAX:
-                    self._touches[chunk_id] = length
+                    self._touches[chunk_id] = gain
             many = len(self._touches) >= TOUCHES_WAKE
         if many:
             self._wake.set()
-        return found
 
-    def put_many(self, frames: Mapping[bytes, Frame]) -> None:
-        """Insert or replace, evicting others to stay within capacity; a frame larger than a shard's part of it is not kept."""
-        for batch in self._put_batches(frames):
+    def put_many(self, frames: Mapping[bytes, Frame], chances: Mapping[bytes, float | None] = MappingProxyType({})) -> None:
+        """Insert or replace, evicting others to stay within capacity; a frame larger than a shard's part of it is not kept.
+
+        chances: that the chunk is asked for again, 0 to 1, where it is known.
+        """
+        for batch in self._put_batches(frames, chances):
             answers = self._execute_scripts(PUT, [(shard, [0, *values]) for shard, values in batch])
             again: list[tuple[_Shard, list[Any]]] = []
             for (shard, values), answer in zip(batch, answers, strict=False):
                 if isinstance(answer, ResponseError) and _out_of_memory(answer):
                     # The server has less memory than our capacity and evicts nothing itself (noeviction): we do, twice what we need.
-                    again.append((shard, [2 * sum(map(len, values[1::2])), *values]))
+                    again.append((shard, [2 * sum(map(len, values[2::3])), *values]))
                 else:
                     self._note_put(shard, values, answer)
             for (shard, values), answer in zip(again, self._execute_scripts(PUT, again), strict=False):
@@ -303,10 +324,10 @@ class RedisTier:
         with self._lock:
             touches, self._touches = self._touches, {}
         calls: dict[_Shard, list[Any]] = {}
-        for chunk_id, length in touches.items():
-            calls.setdefault(self._shard(chunk_id), []).append(chunk_id + _LENGTH.pack(length))
+        for chunk_id, gain in touches.items():
+            calls.setdefault(self._shard(chunk_id), []).extend((chunk_id, gain))
         if calls:
-            for (shard, _), answer in zip(calls.items(), self._execute_scripts(TOUCH, list(calls.items())), strict=False):
+            for (shard, _), answer in zip(calls.items(), self._execute_scripts(RATE, list(calls.items())), strict=False):
                 self._note_use(shard, answer)
 
     # --- talking to the servers ---------------------------------------------------------------------------------
@@ -418,10 +439,12 @@ class RedisTier:
     def _key(self, chunk_id: bytes) -> bytes:
         return self._shard(chunk_id).prefix + chunk_id
 
-    def _put_batches(self, frames: Mapping[bytes, Frame]) -> Iterator[list[tuple[_Shard, list[bytes]]]]:
-        """Batches of script calls: a shard, and id, value, id, value, …"""
-        open_calls: dict[_Shard, tuple[list[bytes], int]] = {}
-        batch: list[tuple[_Shard, list[bytes]]] = []
+    def _put_batches(
+        self, frames: Mapping[bytes, Frame], chances: Mapping[bytes, float | None]
+    ) -> Iterator[list[tuple[_Shard, list[Any]]]]:
+        """Batches of script calls: a shard, and id, gain, value, id, gain, value, …"""
+        open_calls: dict[_Shard, tuple[list[Any], int]] = {}
+        batch: list[tuple[_Shard, list[Any]]] = []
         total = 0
         for chunk_id, frame in frames.items():
             shard = self._shard(chunk_id)
@@ -432,7 +455,7 @@ class RedisTier:
             if values and filled + size > SCRIPT_BYTES_MAX:
                 batch.append((shard, values))
                 values, filled = [], 0
-            values += (chunk_id, pack_value(chunk_id, frame))
+            values += (chunk_id, gain_of(chances.get(chunk_id)), pack_value(chunk_id, frame))
             open_calls[shard] = (values, filled + size)
             total += size
             if total >= BATCH_BYTES_MAX:
@@ -441,9 +464,9 @@ class RedisTier:
         if open_calls:
             yield [*batch, *((one, values) for one, (values, _) in open_calls.items() if values)]
 
-    def _note_put(self, shard: _Shard, values: Sequence[bytes], answer: object) -> None:
+    def _note_put(self, shard: _Shard, values: Sequence[Any], answer: object) -> None:
         stored = self._note_use(shard, answer)
-        wanted = len(values) // 2
+        wanted = len(values) // 3
         with self._lock:
             self._insertions += stored
             self._errors += wanted - stored

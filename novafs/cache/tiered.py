@@ -32,17 +32,19 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequen
 from collections.abc import Set as AbstractSet
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Final, NamedTuple, Protocol
 
 import trio
 
 from novafs.asynctools import open_nursery
 from novafs.cache.base import Frame, Tier, TierStatistics
-from novafs.cache.fill import Arrival, Filler, FillStatistics
+from novafs.cache.fill import Arrival, Filler, FillStatistics, Source
 from novafs.cache.memory import MemoryStatistics, MemoryTier
 from novafs.chunk import ID_SIZE, Reference
 from novafs.codec import PLAIN_MAX, Codec, decode, encode
 from novafs.errors import BugError, CorruptionError, FrameCorruptError, NovaError, ObjectNotFoundError, StoreUnavailableError
+from novafs.latency import LatencyBook
 
 log = logging.getLogger(__name__)
 
@@ -123,11 +125,15 @@ class ChunkCache:
         l2_timeout_s: float = 0.5,
         threads: int | None = None,
         relocate: Relocate | None = None,
+        latencies: LatencyBook | None = None,
     ) -> None:
         """l2_codec: of what is written to L2; what is read from it says its own. threads: that verify; default: one per CPU.
 
-        relocate: asked about frames that are not, or not whole, where their references say.
+        relocate: asked about frames that are not, or not whole, where their references say. latencies: where reads and writes of
+        the tiers are noted.
         """
+        self.latencies = latencies if latencies is not None else LatencyBook()
+        self._l2_gets, self._l3_gets = self.latencies.of("l2", "get"), self.latencies.of("l3", "get")
         self.l1 = l1
         self.l2 = l2
         self.peek: Callable[[bytes], bytes | None] = l1.peek
@@ -153,7 +159,7 @@ class ChunkCache:
         self._workers = trio.CapacityLimiter(self._thread_count)
         self._prefetch_workers = trio.CapacityLimiter(1)
         self._l2_readers = trio.CapacityLimiter(L2_THREADS)
-        self._filler = Filler(l1=l1, l2=l2, l2_codec=l2_codec)
+        self._filler = Filler(l1=l1, l2=l2, l2_codec=l2_codec, latencies=self.latencies)
 
         self._l2_traffic = _Traffic()
         self._l3_traffic = _Traffic()
@@ -251,7 +257,12 @@ class ChunkCache:
         if self.l1.contains(chunk_id):
             self.l1.insert(chunk_id, plain)  # read again, so to speak; L2 has had it, too, or gets it when it leaves
         else:
-            self._filler.admit(Arrival(chunk_id, bytes(plain), frame, wants_l2=True))
+            self._filler.admit(Arrival(chunk_id, bytes(plain), frame, Source.WRITE))
+
+    def set_l1_capacity(self, capacity_bytes: int) -> None:
+        """Another cap for L1 and what waits beside it; what is over it leaves at once, so a much smaller one is best reached in steps."""
+        self.l1.set_capacity(capacity_bytes)
+        self._filler.refit()
 
     def drop(self, chunk_ids: Iterable[bytes]) -> None:
         """Give the chunks up in L1, and in the background in L2."""
@@ -355,14 +366,16 @@ class ChunkCache:
         ids = [flight.reference.chunk_id for flight in flights]
         frames: dict[bytes, Frame] | None = None
         traffic.requests += 1
-        started_s = trio.current_time()
+        started_s = perf_counter()
         try:
             with trio.move_on_after(self._l2_timeout_s) as patience:
                 frames = await trio.to_thread.run_sync(l2.get_many, ids, limiter=self._l2_readers, abandon_on_cancel=True)
         except Exception:  # a tier raises nothing by contract; a mistake in one must not become a guest's EIO
             log.exception("L2 failed to answer; reading from L3")
             traffic.errors += 1
-        traffic.seconds += trio.current_time() - started_s
+        took_s = perf_counter() - started_s
+        traffic.seconds += took_s
+        self._l2_gets.note(took_s)
         if frames is None:
             if patience.cancelled_caught:
                 traffic.timeouts += 1
@@ -385,7 +398,7 @@ class ChunkCache:
                     chunk_id,
                     item.plain,
                     item.l1_frame or frames[chunk_id],
-                    wants_l2=False,
+                    Source.L2,
                     prefetched=flight.prefetched,
                     place=flight.where,
                 )
@@ -498,6 +511,7 @@ class ChunkCache:
         finally:
             took_s = trio.current_time() - started_s
             traffic.seconds += took_s
+            self._l3_gets.note(took_s)
             if self.on_l3_read is not None:
                 self.on_l3_read(took_s, _demanded(wanted))
         frames = [Frame(flight.place.codec, payload) for flight, payload in zip(wanted, payloads, strict=True)]
@@ -513,7 +527,7 @@ class ChunkCache:
             else:
                 traffic.hits += 1
                 arrival = Arrival(
-                    place.chunk_id, item.plain, item.l1_frame or frame, wants_l2=True, prefetched=flight.prefetched, place=flight.where
+                    place.chunk_id, item.plain, item.l1_frame or frame, Source.L3, prefetched=flight.prefetched, place=flight.where
                 )
                 self._filler.admit(arrival)
                 self._land(flight, plain=item.plain)

@@ -19,26 +19,34 @@ from typing import Final
 import click
 
 import novafs
+from novafs import logs
 from novafs.cli import (
     clone,
     common,
     export,
     fsck,
     gc,
+    handoff,
     import_,
     info,
     init,
+    install_units,
     lease,
     ls,
+    model,
     mount,
+    reload,
     rm,
     rollback,
     simulate,
     snapshot,
     snapshots,
     stats,
+    top,
     umount,
+    warm,
 )
+from novafs.cli.hidden import hide_arguments
 from novafs.errors import BugError, ConfigError, InvalidNameError, NovaError
 
 INTERRUPTED: Final = 130
@@ -59,6 +67,7 @@ for _command in (
     init.init,
     mount.mount,
     umount.umount,
+    reload.reload,
     import_.import_,
     export.export,
     ls.ls,
@@ -72,13 +81,20 @@ for _command in (
     fsck.fsck,
     lease.lease,
     stats.stats,
+    top.top,
     simulate.simulate,
+    warm.warm,
+    model.model,
+    handoff.handoff,
+    install_units.install_units,
 ):
     group.add_command(_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status. The console script's entry point."""
+    if arguments is None:
+        hide_arguments()
     try:
         status = group.main(args=None if arguments is None else list(arguments), prog_name="novafs", standalone_mode=False)
         sys.stdout.flush()
@@ -104,12 +120,13 @@ def _failed(error: BaseException) -> int:
         return 1
     ours = isinstance(cause, (NovaError, OSError)) and not isinstance(cause, BugError)
     if not ours or common.verbosity() >= 2:
-        traceback.print_exception(error)
+        sys.stderr.write(logs.scrubbed("".join(traceback.format_exception(error))))
     if ours:
-        common.say(error_line(cause))
+        common.say(error_line(cause), error=True)
     else:
         common.say(
-            f"this is a bug in NovaFS {novafs.__version__}, please report it with the lines above and the command: {error_line(cause)}"
+            f"this is a bug in NovaFS {novafs.__version__}, please report it with the lines above and the command: {error_line(cause)}",
+            error=True,
         )
     return exit_status(cause)
 
@@ -122,7 +139,7 @@ def exit_status(error: BaseException) -> int:
 def error_line(error: BaseException) -> str:
     """The error as one line, without control characters that a name in it might smuggle into the terminal."""
     text = str(error) if isinstance(error, (NovaError, OSError)) else f"{type(error).__name__}: {error}"
-    return common.printable(" ".join(text.split())) or type(error).__name__
+    return logs.scrubbed(common.printable(" ".join(text.split()))) or type(error).__name__
 
 
 def plain(error: BaseException) -> BaseException:

@@ -16,6 +16,7 @@ from typing import Any, Final, TypeVar
 
 import click
 
+from novafs import logs
 from novafs.config import Config, load_config
 from novafs.configkeys import KEYS, Secret
 from novafs.errors import ConfigError
@@ -23,7 +24,8 @@ from novafs.units import format_duration, format_size
 
 T = TypeVar("T")
 
-_LEVELS: Final = (logging.WARNING, logging.INFO, logging.DEBUG)
+LEVELS: Final = (logging.WARNING, logging.INFO, logging.DEBUG)
+"""By the number of -v."""
 _verbosity = 0
 
 
@@ -32,32 +34,11 @@ def verbosity() -> int:
     return _verbosity
 
 
-class _Stderr(logging.Handler):
-    """Writes to what `sys.stderr` is at that moment."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            print(self.format(record), file=sys.stderr, flush=True)
-        except Exception:
-            self.handleError(record)
-
-
-def configure_logging(verbose: int, *, timestamps: bool = False) -> None:
-    """Log our own events to stderr: warnings, with -v what is done, with -vv everything.
-
-    Libraries are kept at warnings whatever is asked for: botocore's debug lines hold signed headers.
-    """
+def configure_logging(verbose: int) -> None:
+    """Log our own events to stderr, for people: warnings, with -v what is done, with -vv everything."""
     global _verbosity
     _verbosity = verbose
-    handler = _Stderr()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s" if timestamps else "novafs: %(message)s"))
-    root = logging.getLogger()
-    for old in [old for old in root.handlers if isinstance(old, _Stderr)]:
-        root.removeHandler(old)
-    root.addHandler(handler)
-    root.setLevel(logging.WARNING)
-    for name in ("novafs", "novafs_mount"):
-        logging.getLogger(name).setLevel(_LEVELS[min(verbose, 2)])
+    logs.configure(LEVELS[min(verbose, 2)], "text")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +51,22 @@ class Settings:
 
     def load(self, volume: str, *, more: Mapping[str, str] = MappingProxyType({})) -> Config:
         """The configuration of `volume`; `more` are settings weaker than the options. Raises ConfigError."""
-        return load_config(volume, flags={**more, **self.flags}, file=self.file)
+        config = load_config(volume, flags={**more, **self.flags}, file=self.file)
+        for secret in secrets_of(config, os.environ):
+            logs.hide(secret)
+        return config
+
+
+def secrets_of(config: Config, environ: Mapping[str, str]) -> list[str]:
+    """What must never be written: the passwords of L2, and the credentials of the store in the environment."""
+    found = [environ.get(name) for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")]
+    url = config.l2.url.reveal()
+    if url not in ("none", "embedded"):
+        from novafs.cache.redis_address import parse_redis_url
+
+        address = parse_redis_url(url)
+        found += [address.password, address.sentinel_password]
+    return [secret for secret in found if secret]
 
 
 def volume_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -130,10 +126,11 @@ def run(work: Callable[..., Awaitable[T]], *args: Any) -> T:
 # --- output ---------------------------------------------------------------------------------------------------
 
 
-def say(message: str) -> None:
-    """A line for people, on stderr, whatever state stderr is in."""
+def say(message: str, *, error: bool = False) -> None:
+    """A line for people, on stderr, whatever state stderr is in; systemd's journal marks it red if it is an error."""
+    line = f"<{logs.priority(logging.ERROR)}>{message}" if error and logs.is_journal() else f"novafs: {message}"
     try:
-        print(f"novafs: {message}", file=sys.stderr, flush=True)
+        print(line, file=sys.stderr, flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 

@@ -4,30 +4,35 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import os
-import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 import click
 
-from novafs import daemon, statedir
+from novafs import daemon, logs, statedir
 from novafs.cli import common
 from novafs.cli.common import Settings
-from novafs.config import Config
+from novafs.config import Config, is_url
 from novafs.configkeys import redact
-from novafs.errors import BugError, MountError, NovaError
+from novafs.errors import BugError, ConfigError, MountError, NovaError
 from novafs.mountoptions import MountOptions, parse_mount_options
-from novafs.mounttable import NOVAFS_TYPE, canonical, mount_at
+from novafs.mounttable import AUTOFS_TYPE, NOVAFS_TYPE, canonical, mount_at
 from novafs.statedir import ExitRecord, MountRecord, StateLock
 
+log = logging.getLogger(__name__)
+
+IMAGES_DIR: Final = Path("/images")
+"""Where a volume is mounted that has a NAME and no `mountpoint`."""
 _MOUNT_PACKAGE: Final = "novafs_mount"
 
 
 @click.command()
 @click.argument("volume")
-@click.argument("directory", metavar="DIR")
+@click.argument("directory", metavar="[DIR]", required=False)
 @click.option(
     "-o",
     "options",
@@ -37,31 +42,79 @@ _MOUNT_PACKAGE: Final = "novafs_mount"
 )
 @click.option("-f", "--foreground", is_flag=True, help="Stay on the terminal instead of becoming a daemon.")
 @common.volume_options
-def mount(volume: str, directory: str, options: tuple[str, ...], foreground: bool, settings: Settings) -> None:
+def mount(volume: str, directory: str | None, options: tuple[str, ...], foreground: bool, settings: Settings) -> None:
     """Mount VOLUME at DIR.
 
     Returns when the mount answers; a daemon serves it from then on until 'novafs umount DIR'. What it has to say is in mount.log
-    in the state directory.
+    in the state directory. Without DIR: where the key mountpoint of NAME.toml says, or at /images/NAME.
     """
-    parsed = parse_mount_options(options)
-    config = settings.load(volume, more=parsed.settings)
-    path = _check(directory, parsed.options, nonempty=parsed.nonempty)
+    click.get_current_context().exit(mount_volume(volume, directory, options, settings, foreground=foreground))
+
+
+def mount_volume(
+    volume: str,
+    directory: str | None,
+    options: Sequence[str],
+    settings: Settings,
+    *,
+    foreground: bool = False,
+    pretend: bool = False,
+    quiet: bool = False,
+) -> int:
+    """What `novafs mount` does; the exit status. pretend: check everything, and leave the mounting out. Raises NovaError."""
+    given = parse_mount_options(options)
+    config = settings.load(volume, more=given.settings)
+    parsed = parse_mount_options([config.mount_options, *options])
+    path = _check(directory or _configured_directory(config), parsed.options, nonempty=parsed.nonempty)
+    if pretend:
+        return 0
     state_dir = statedir.prepare(config.state_dir)
     statedir.check_free(state_dir)
-    serve = _Server(config, path, parsed.options, settings.verbose)
+
+    def reread() -> Config:
+        # Not what the user wrote: a daemon in the background stands elsewhere.
+        return absolute.load(config.volume_url if is_url(volume) else volume, more=given.settings)
+
+    absolute = replace(settings, file=settings.file.absolute() if settings.file is not None else None)
+    serve = _Server(config, path, parsed.options, settings.verbose, reread)
     if foreground:
-        common.configure_logging(max(settings.verbose, 1))
-        status = serve.run(lambda: common.say(f"{redact(volume)} is mounted at {path}"), foreground=True)
+        serve.configure_logging("journal" if logs.is_journal() else "text")
+        # The journal has the daemon's own line.
+        status = serve.run(lambda: None if logs.is_journal() else common.say(f"{redact(volume)} is mounted at {path}"), foreground=True)
     else:
         log = state_dir / statedir.LOG_FILE
-        started = daemon.background(serve.in_background, log=log)
+        started = daemon.background(serve.in_background, log=log, in_group=_is_automount(path))
         if started.status is None:
             # The daemon has seen it answer; this process may not see it where it lies in another mount name space.
-            common.emit(f"{redact(volume)} is mounted at {path} (process {started.pid}, log {log})")
-            return
+            if not quiet:
+                common.emit(f"{redact(volume)} is mounted at {path} (process {started.pid}, log {log})")
+            return 0
         common.say(started.message)
         status = started.status
-    click.get_current_context().exit(status)
+    return status
+
+
+def _configured_directory(config: Config) -> str:
+    """Where the volume is mounted if nobody says where; made where it is missing. Raises ConfigError, MountError."""
+    if config.mountpoint is None and is_url(config.volume):
+        raise ConfigError(f"where is {redact(config.volume)} to be mounted? Give a directory: novafs mount VOLUME DIR")
+    path = config.mountpoint or IMAGES_DIR / config.volume
+    if not _mount_module("mountpoint").is_dead(path):
+        try:
+            _make_directories(path)
+        except FileExistsError as error:
+            raise MountError(f"mount point {path} is not a directory") from error
+        except OSError as error:
+            raise MountError(f"mount point {path} can not be made: {error.strerror}") from error
+    return str(path)
+
+
+def _make_directories(path: Path) -> None:
+    """The directory and those above it, open to all: the unit's umask would shut a hypervisor's user out of /images."""
+    missing = [part for part in (path, *path.parents) if not part.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for part in missing:
+        part.chmod(0o755)
 
 
 def _check(directory: str, options: MountOptions, *, nonempty: bool) -> Path:
@@ -71,9 +124,15 @@ def _check(directory: str, options: MountOptions, *, nonempty: bool) -> Path:
     mountpoint = _mount_module("mountpoint")
     _detach_dead(mountpoint, directory)
     path: Path = mountpoint.prepare(Path(directory), allow_other=options.allow_other)
-    if not nonempty and any(path.iterdir()):
+    # An automount's listing would wait for this very mount.
+    if not nonempty and not _is_automount(path) and any(path.iterdir()):
         raise MountError(f"mount point {path} is not empty: a mount would hide what is in it; choose another, or add -o nonempty")
     return Path(canonical(path))
+
+
+def _is_automount(path: Path) -> bool:
+    found = mount_at(path)
+    return found is not None and found.fstype == AUTOFS_TYPE
 
 
 def _detach_dead(mountpoint: Any, directory: str) -> None:
@@ -101,8 +160,9 @@ def _mount_module(name: str) -> Any:
 class _Server:
     """The daemon's side of a mount: the lock, the notes for `novafs umount`, and the file system in between."""
 
-    def __init__(self, config: Config, path: Path, options: MountOptions, verbose: int) -> None:
+    def __init__(self, config: Config, path: Path, options: MountOptions, verbose: int, reread: Callable[[], Config]) -> None:
         self._config = config
+        self._reread = reread
         self._path = path
         self._options = options
         self._verbose = verbose
@@ -111,15 +171,23 @@ class _Server:
         """Serve as a daemon; what goes wrong before `ready` is told through `report`."""
         from novafs.cli import error_line, exit_status
 
-        common.configure_logging(max(self._verbose, 1), timestamps=True)
+        self.configure_logging("logfmt")
         try:
             return self.run(ready, foreground=False)
         except NovaError as error:
-            if isinstance(error, BugError) or self._verbose >= 2:
-                traceback.print_exc()
-            common.say(error_line(error))
+            log.error("%s", error_line(error), exc_info=error if isinstance(error, BugError) or self._verbose >= 2 else None)
             report(exit_status(error), error_line(error))
             return exit_status(error)
+
+    def configure_logging(self, automatic: str) -> None:
+        """As the configuration says; `automatic` is the format where it leaves that open."""
+        chosen = self._config.log.format
+        logs.configure(self._level(self._config), automatic if chosen == "auto" else chosen)
+        logs.log_unforeseen()
+
+    def _level(self, config: Config) -> int:
+        """-v can only have more logged than the configuration says."""
+        return min(logs.LEVELS[config.log.level], common.LEVELS[min(self._verbose, 2)])
 
     def run(self, ready: Callable[[], None], *, foreground: bool) -> int:
         """Mount and serve; the exit status. Raises NovaError."""
@@ -132,7 +200,17 @@ class _Server:
         status, message = 1, "it ended unexpectedly"
         try:
             statedir.write_record(record)
-            status = int(_mount_module("main").run(self._config, self._path, self._options, foreground=foreground, ready=ready))
+            status = int(
+                _mount_module("main").run(
+                    self._config,
+                    self._path,
+                    self._options,
+                    foreground=foreground,
+                    ready=ready,
+                    reread=self._reread,
+                    changed=lambda config: logs.set_level(self._level(config)),
+                )
+            )
             message = "" if status == 0 else f"it ended with status {status}; see {log}"
         except BaseException as error:
             cause = plain(error)
@@ -141,6 +219,7 @@ class _Server:
                 raise cause from error
             raise
         finally:
+            logs.flush_repeated(final=True)
             # Before the lock is let go: whoever waits for it reads these next.
             statedir.write_exit(state_dir, ExitRecord(record.pid, status, message))
             statedir.remove_record(record)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import json
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
@@ -14,25 +18,38 @@ from novafs.cli.common import Settings
 from novafs.config import Config
 from novafs.errors import NotFoundError
 from novafs.mounttable import NOVAFS_TYPE, canonical, mount_at
+from novafs.statusview import at, facts, hit_rate
 from novafs.units import format_duration, format_size
 
 _TIMEOUT_S: Final = 30.0
+HEADING_LINES: Final = 20
 
 
 @click.command()
 @click.argument("target", metavar="VOLUME|DIR")
 @common.json_option
+@click.option(
+    "--watch",
+    type=click.FloatRange(0.2, 86400),
+    is_flag=False,
+    flag_value=2.0,
+    metavar="[S]",
+    help="Again every S seconds (2), with what has changed, until Ctrl-C. With --json: one document a line.",
+)
 @common.volume_options
-def stats(target: str, as_json: bool, settings: Settings) -> None:
+def stats(target: str, as_json: bool, watch: float | None, settings: Settings) -> None:
     """Show what a mount has done: hits by tier, requests, bytes.
 
     Of the mount at DIR, or of VOLUME on this host. Where VOLUME is not mounted here, it is opened for a look.
     """
-    state_dir = _state_dir_of_mount(target)
-    if state_dir is None:
-        config = settings.load(target)
-        state_dir = config.state_dir if statedir.holder(config.state_dir) is not None else None
-    document = common.run(_unmounted, common.quiet_l2(config)) if state_dir is None else _ask(state_dir)
+    state_dir = state_dir_of(target, settings)
+    if watch is not None:
+        if state_dir is None:
+            raise NotFoundError(f"{target} is not mounted on this host: there is nothing to watch")
+        with contextlib.suppress(KeyboardInterrupt):
+            _watch(state_dir, watch, as_json=as_json)
+        return
+    document = common.run(_unmounted, common.quiet_l2(settings.load(target))) if state_dir is None else _ask(state_dir)
     if as_json:
         common.emit_json(document)
     else:
@@ -40,7 +57,74 @@ def stats(target: str, as_json: bool, settings: Settings) -> None:
             common.emit(line)
 
 
-def _state_dir_of_mount(target: str) -> Path | None:
+def _watch(state_dir: Path, interval_s: float, *, as_json: bool) -> None:
+    """A line each time: what was done since the one before; the first is of since the start. A heading now and then, as vmstat has it."""
+    then: dict[str, Any] | None = None
+    for number in itertools.count():
+        now = {**_ask(state_dir), "time_s": time.time()}
+        if as_json:
+            print(json.dumps(now, default=str), flush=True)
+        else:
+            if number % HEADING_LINES == 0:
+                print(HEADING, flush=True)
+            print(watch_line(now, then), flush=True)
+        then = now
+        time.sleep(interval_s)
+
+
+_WIDTHS: Final = {
+    "time": 8,
+    "reads/s": 10,
+    "read/s": 11,
+    "writes/s": 10,
+    "written/s": 11,
+    "hit L1": 8,
+    "hit L2": 8,
+    "L2 up": 6,
+    "at risk": 10,
+    "oldest": 9,
+    "commits": 8,
+    "errors": 7,
+}
+HEADING: Final = "".join(f"{title:>{width}}" for title, width in _WIDTHS.items())
+
+
+def watch_line(now: dict[str, Any], then: dict[str, Any] | None) -> str:
+    """What has been done between two looks, or since the start, in one line under `HEADING`."""
+    since = then if then is not None else {"time_s": now["time_s"] - (at(now, "mount.uptime_s") or 0.0)} | _zeros(now)
+    found, l2 = facts(now, since), at(now, "cache.l2.up")
+    errors = sum((at(now, "mount.errors") or {}).values()) - sum((at(since, "mount.errors") or {}).values())
+    cells = [
+        time.strftime("%H:%M:%S", time.localtime(now["time_s"])),
+        f"{found.reads or 0:,.0f}",
+        format_size(int(found.read_bytes or 0)),
+        f"{found.writes or 0:,.0f}",
+        format_size(int(found.written_bytes or 0)),
+        *("-" if rate is None else f"{rate:.1%}" for rate in (found.hit_rate, hit_rate(now, then, "cache.l2_traffic"))),
+        "-" if l2 is None else "yes" if l2 else "NO",
+        format_size(found.dirty_bytes),
+        format_duration(found.dirty_age_s),
+        str((at(now, "commits") or 0) - (at(since, "commits") or 0)),
+        str(errors),
+    ]
+    return "".join(f"{cell:>{width}}" for cell, width in zip(cells, _WIDTHS.values(), strict=True))
+
+
+def _zeros(now: dict[str, Any]) -> dict[str, Any]:
+    """A look at the counters as they were when the daemon began."""
+    return {"traffic": dict.fromkeys(now.get("traffic", {}), 0)}
+
+
+def state_dir_of(target: str, settings: Settings) -> Path | None:
+    """The state directory of the daemon that has `target`, a mount point or a volume; None where none has."""
+    state_dir = state_dir_of_mount(target)
+    if state_dir is None:
+        configured = settings.load(target).state_dir
+        state_dir = configured if statedir.holder(configured) is not None else None
+    return state_dir
+
+
+def state_dir_of_mount(target: str) -> Path | None:
     """The state directory of the mount at `target`; None where that is no mount point. Raises NotFoundError for a foreign one."""
     if "://" in target or "\0" in target:
         return None

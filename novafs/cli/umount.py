@@ -23,6 +23,11 @@ _SAY_AFTER_S: Final = 2.0
 def umount(directory: str, verbose: int) -> None:
     """Unmount DIR; return when all is stored."""
     common.configure_logging(verbose)
+    unmount(directory)
+
+
+def unmount(directory: str, *, lazy: bool = False) -> None:
+    """Unmount, and return when its daemon has stored all; lazy: at once, while what is open goes on. Raises NovaError."""
     path = canonical(directory)
     found = mount_at(path)
     record = statedir.find_record(path, fuse_uid=found.fuse_uid if found else None)
@@ -34,15 +39,17 @@ def umount(directory: str, verbose: int) -> None:
     elif found.fstype != NOVAFS_TYPE:
         raise MountError(f"{directory} is a mount of type {found.fstype}, not of NovaFS: use umount")
     else:
-        _unmount(path, directory)
+        _unmount(path, directory, lazy=lazy)
+    if lazy:
+        return
     if record is None:
         common.say(f"{directory} is unmounted; nothing is noted of its daemon, so it may still write")
     else:
         _wait(record)
 
 
-def _unmount(path: str, directory: str) -> None:
-    outcome = _mount_module("mountpoint").unmount(Path(path)).name
+def _unmount(path: str, directory: str, *, lazy: bool) -> None:
+    outcome = _mount_module("mountpoint").unmount(Path(path), lazy=lazy).name
     if outcome == "BUSY":
         raise BusyError(f"{directory} is in use: close what is open in it ('fuser -vm {directory}' shows who has) and try again")
     if outcome == "NOT_MOUNTED":

@@ -57,8 +57,11 @@ class Quality:
         """One sentence for a person."""
         rates = ", ".join(f"{name} {rate:.3f}" for name, rate in sorted(self.shadow_hit_rates.items(), key=lambda item: -item[1]))
         right = "none judged yet" if self.accuracy is None else f"{self.accuracy:.0%} of {self.judged:,} right"
+        judged = sum(count for _, _, count in self.calibration)
+        off = sum(abs(said - was) * count for said, was, count in self.calibration)
+        chances = f", chances off by {off / judged:.2f} on average" if judged else ""
         return (
-            f"{self.in_charge} decides (changed {self.switches} times); predictions: {right}; "
+            f"{self.in_charge} decides (changed {self.switches} times); {self.predictions:,} predictions: {right}{chances}; "
             f"hit rates of the shadows: {rates or 'none yet'}; learned {self.trainings} times, {self.cpu_s:.1f} s of processor time"
         )
 
@@ -67,6 +70,8 @@ class EvictionPolicy(ABC):
     """Who leaves. Sizes are bytes as the tier counts them, its overhead included."""
 
     name: ClassVar[str]
+    rates: ClassVar[bool] = False
+    """Whether `chances` may ever know anything."""
 
     @abstractmethod
     def insert(self, key: bytes, size: int, *, prefetched: bool = False, place: int = -1) -> None:
@@ -103,7 +108,10 @@ class EvictionPolicy(ABC):
             self.touch(key)
 
     def chances(self, keys: Sequence[bytes]) -> list[float | None]:
-        """Of each key the guessed chance that it is asked for again while the tier could hold it; None where nothing is known."""
+        """Of each key the guessed chance that it is asked for again while the tier could hold it; None where nothing is known.
+
+        Of keys that are in, or have left as victims not long ago. In batches: by this the tiers below decide what they take.
+        """
         return [None] * len(keys)
 
     def set_capacity(self, capacity_bytes: int) -> None:  # noqa: B027 - most need none
@@ -111,6 +119,12 @@ class EvictionPolicy(ABC):
 
     def set_clock(self, seconds: Callable[[], float]) -> None:  # noqa: B027 - most need none
         """Where seconds are read from: a simulation's own, or the epoch's. Policies that count accesses take no notice."""
+
+    def set_patterns(self, pattern_of: Callable[[int], str]) -> None:  # noqa: B027 - most need none
+        """Whom to ask how an image is read, by the number in a place: a word of `novafs.prefetch.patterns.Pattern`."""
+
+    def set_learning_rate(self, factor: float) -> None:  # noqa: B027 - most learn nothing
+        """Learn so many times as fast as usual; 0: not at all, but what was loaded is used."""
 
     def work(self) -> bool:
         """A few milliseconds of learning, for a moment in which nobody waits. Whether there is more to do at once."""

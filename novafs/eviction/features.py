@@ -43,7 +43,7 @@ BURST_SHARE: Final = 0.1
 RUN_WITHIN: Final = 64
 """Accesses within which the chunk before must have been read for a run to go on."""
 RUN_MAX: Final = 10_000
-GHOSTS_MIN: Final = 16_384
+GHOSTS_MIN: Final = 8192
 GHOSTS_MAX: Final = 131_072
 REGION_BITS: Final = 13
 _LAST: Final = BINS - 1
@@ -104,7 +104,7 @@ class Book:
     def set_scale(self, chunks: float) -> None:
         """How many chunks the tier holds when full. Bounds the ghosts, too."""
         self.scale = max(4.0, chunks)
-        self.ghosts_max = int(max(GHOSTS_MIN, min(4 * chunks, GHOSTS_MAX), chunks))
+        self.ghosts_max = int(max(GHOSTS_MIN, min(2 * chunks, GHOSTS_MAX), chunks))
 
     def enter(self, key: bytes, size: int, place: int, *, prefetched: bool, marked: bool) -> int:
         """`key`, which is not held, is held now; its slot. No access yet (see `access`). `marked` is kept for `marked`."""
@@ -457,7 +457,7 @@ class Book:
         self._place_view = _view(self.place)
         self._pending_view = _view(self.pending)
         if 2 * room > len(self._place_tag):
-            self._set_places(4 * room)
+            self._set_places(2 * room)
 
 
 def _view(array: npt.NDArray[Any]) -> Any:

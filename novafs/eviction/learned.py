@@ -9,8 +9,9 @@ its share of the processor used up it is LRU. That prefetched chunks do not push
 (`novafs.eviction.probation`); here they have a feature of their own.
 
 Cost: a touch is a few microseconds for single ones and a fraction of one in batches; a valuation of some dozens of candidates serves up
-to 128 evictions; learning happens in `work`. `limit_cpu` bounds the share of one processor: beyond it learning and shadows pause, a
-quarter beyond it LRU decides, and half beyond it accesses are no longer looked at: what is left is an LRU's cost.
+to 128 evictions, and in a large tier several leave at once, so that accesses come in batches; learning happens in `work`. `limit_cpu`
+bounds the share of one processor's time: on the way to it shadows pause first, then learning, then LRU decides, and beyond it
+accesses are no longer looked at: what is left is an LRU's cost.
 """
 
 from __future__ import annotations
@@ -32,12 +33,28 @@ from novafs.eviction.s3fifo import S3FifoPolicy
 from novafs.eviction.shadow import Shadows
 from novafs.eviction.state import load_model, save_model
 from novafs.eviction.tinylfu import TinyLfuPolicy
+from novafs.eviction.trees import RATE
 from novafs.eviction.twoq import TwoQueuePolicy
 
-OVER_LRU: Final = 1.25
-OVER_BLIND: Final = 1.5
+UNDER_SHADOWS: Final = 0.6
+"""Of its share of the processor shadows may take so much, so that learning is not starved by them."""
+UNDER_LEARNING: Final = 0.8
+OVER_LRU: Final = 0.95
+OVER_BLIND: Final = 1.1
 """How far over its share of the processor it leaves the choice to LRU, and stops looking."""
+AHEAD_S: Final = 10.0
+"""Seconds whose share may be spent ahead: learning comes in bursts."""
+PENDING_MAX: Final = 128
+PATIENT_MIN: Final = 4096
+"""With fewer chunks one may leave before the book was told of its access."""
+MEASURED: Final = 8
+PRESSURES: Final = ((0.85, 8), (0.7, 4), (0.5, 2))
+"""Of its share spent, and how many times more evictions one valuation serves then: worse choices before none."""
 MOVE_SLICE: Final = 256
+AT_ONCE: Final = 512
+AT_ONCE_MAX: Final = 64
+"""Who is asked for a victim names one for each so many that are held, up to so many: at most a fifth of a percent of the tier stays
+free, and the accesses that are told before each eviction come in batches, which are several times cheaper."""
 CHUNK_BYTES: Final = 65536
 """What a chunk is taken for before any has come in."""
 LRU: Final = LruPolicy.name
@@ -51,6 +68,7 @@ class LearnedPolicy(EvictionPolicy):
     """The policy. The same calls give the same answers, except where `limit_cpu` makes it look at a clock."""
 
     name: ClassVar[str] = "learned"
+    rates: ClassVar[bool] = True
 
     def __init__(self, *, seed: int = 1) -> None:
         """seed: of what is drawn at random."""
@@ -65,10 +83,13 @@ class LearnedPolicy(EvictionPolicy):
         self._told_bytes = 0
         self._shadow_chunks = 0.0
         self._chosen: list[tuple[bytes, float]] = []
+        self._pending: list[bytes] = []
+        """Accessed, and the book does not know it yet."""
         self._evicted = 0
         self._share_max = 0.0
         self._since_s = 0.0
         self._spent_s = 0.0
+        self._calls = 0
         self._inserted_at = 0
         self._inserted = 0
 
@@ -89,19 +110,32 @@ class LearnedPolicy(EvictionPolicy):
         self._since_s = time.perf_counter()
         self._spent_s = 0.0
 
-    def _over(self, factor: float = 1.0) -> bool:
+    def set_learning_rate(self, factor: float) -> None:
+        self._learner.rate = min(1.0, RATE * factor)
+
+    def _over(self, factor: float = UNDER_LEARNING) -> bool:
         if not self._share_max:
             return False
-        # Ten seconds' worth may be spent ahead: learning comes in bursts.
-        allowed = self._share_max * (time.perf_counter() - self._since_s + 10.0)
-        return self._spent_s > factor * allowed
+        return self._spent_s > factor * self._share_max * (time.perf_counter() - self._since_s + AHEAD_S)
 
     def _clock(self) -> float:
-        return time.perf_counter() if self._share_max else 0.0
+        # This thread's time: what others took meanwhile is not ours.
+        return time.thread_time() if self._share_max else 0.0
 
     def _spent(self, began: float) -> None:
         if self._share_max:
-            self._spent_s += time.perf_counter() - began
+            self._spent_s += time.thread_time() - began
+
+    def _sampled_clock(self) -> float:
+        """For what is short: one call in `MEASURED` is measured and stands for the others; a negative time says that this one is not."""
+        if not self._share_max:
+            return -1.0
+        self._calls += 1
+        return -1.0 if self._calls % MEASURED else time.thread_time()
+
+    def _spent_sampled(self, began: float) -> None:
+        if began >= 0.0:
+            self._spent_s += MEASURED * (time.thread_time() - began)
 
     def _rescale(self, chunks: float = 0.0, *, anew: bool = False) -> None:
         """Fit half-lives, and the shadows where the tier's size in chunks has changed by much, or with `anew`."""
@@ -125,19 +159,41 @@ class LearnedPolicy(EvictionPolicy):
     # --- coming and going ------------------------------------------------------------------------------------
 
     def insert(self, key: bytes, size: int, *, prefetched: bool = False, place: int = -1) -> None:
-        began = self._clock()
+        began = self._sampled_clock()
         shadows = self._shadows
         marked = shadows is not None and shadows.sampled(key)
-        slot = self._book.enter(key, size, place, prefetched=prefetched, marked=marked)
+        self._book.enter(key, size, place, prefetched=prefetched, marked=marked)
         self._used_bytes += size
         if self._main is not None:
             self._main.insert(key, size, prefetched=prefetched, place=place)
         if not prefetched:
             self._inserted += 1
-            self._accessed(key, slot, marked)
+            self._note((key,))
         if self._moving is not None:
             self._move()
-        self._spent(began)
+        self._spent_sampled(began)
+
+    def _note(self, keys: Sequence[bytes]) -> None:
+        """These were accessed; the book is told a batch at a time."""
+        for start in range(0, len(keys), PENDING_MAX):
+            self._pending.extend(keys[start : start + PENDING_MAX])
+            if len(self._pending) >= PENDING_MAX:
+                self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Tell the book of the accesses noted, oldest first. Before anything is valued."""
+        pending, self._pending = self._pending, []
+        held = self._book.held
+        keys = [key for key in pending if key in held]
+        if self._over(OVER_BLIND):
+            # Only who was read when; what waits for an access may have missed it.
+            self._learner.lose_sight()
+        elif len(keys) < BATCH_MIN:
+            for key in keys:
+                slot = held[key]
+                self._accessed(key, slot, self._book.marked(slot))
+        else:
+            self._accessed_many(keys)
 
     def _accessed(self, key: bytes, slot: int, marked: bool) -> None:
         book = self._book
@@ -145,7 +201,7 @@ class LearnedPolicy(EvictionPolicy):
         if example >= 0:
             self._learner.answered(example, book.now - 1)
         self._learner.draw()
-        if marked and self._shadows is not None and not self._over() and self._shadows.access(key, book.size_of(slot)):
+        if marked and self._shadows is not None and not self._over(UNDER_SHADOWS) and self._shadows.access(key, book.size_of(slot)):
             self._take_over()
 
     def resize(self, key: bytes, size: int) -> None:
@@ -157,25 +213,17 @@ class LearnedPolicy(EvictionPolicy):
         self.touch_many((key,))
 
     def touch_many(self, keys: Iterable[bytes]) -> None:
-        began = self._clock()
+        began = self._sampled_clock()
         held = self._book.held
         present = [key for key in keys if key in held]
         for key in present:
             held.move_to_end(key)
         if self._main is not None:
             self._main.touch_many(present)
-        if self._over(OVER_BLIND):
-            # Only who was read when; what waits for an access may have missed it.
-            self._learner.lose_sight()
-        elif len(present) < BATCH_MIN:
-            for key in present:
-                slot = held[key]
-                self._accessed(key, slot, self._book.marked(slot))
-        else:
-            self._accessed_many(present)
+        self._note(present)
         if self._moving is not None:
             self._move()
-        self._spent(began)
+        self._spent_sampled(began)
 
     def _accessed_many(self, keys: list[bytes]) -> None:
         book = self._book
@@ -184,7 +232,7 @@ class LearnedPolicy(EvictionPolicy):
         self._learner.answered_many(*book.access_many(slots))
         self._learner.draw()
         shadows = self._shadows
-        if shadows is not None and not self._over():
+        if shadows is not None and not self._over(UNDER_SHADOWS):
             for at in book.marked_of(slots).tolist():
                 if shadows.access(keys[at], book.size_of(int(slots[at]))):
                     self._take_over()
@@ -208,12 +256,16 @@ class LearnedPolicy(EvictionPolicy):
     def victims(self, bytes_needed: int) -> list[bytes]:
         began = self._clock()
         held = self._book.held
+        if len(held) < PATIENT_MIN or self._in_charge == MODEL or len(self._pending) >= BATCH_MIN:
+            self._catch_up()
         if not self._evicted and held:
             # Full for the first time: now it is known how many chunks the tier holds.
             self._rescale(float(len(held)))
             self._inserted_at, self._inserted = self._book.now, 0
         gone: list[bytes] = []
-        while bytes_needed > 0 and held:
+        # The experts' own choice depends on what came in since the last.
+        least = min(AT_ONCE_MAX, len(held) // AT_ONCE) if self._main is None else 0
+        while (bytes_needed > 0 or len(gone) < least) and held:
             if self._main is not None and self._moving is None:
                 for named in self._main.victims(bytes_needed):
                     bytes_needed -= self._forget(named, ghost=True)
@@ -258,7 +310,8 @@ class LearnedPolicy(EvictionPolicy):
                 book.draw(self._random, candidates(held)),
             ]
         )
-        order = self._learner.worst_first(slots)[: served(held)]
+        more = next((times for spent, times in PRESSURES if self._over(spent)), 1)
+        order = self._learner.worst_first(slots)[: served(held) * more]
         keys = [book.key_of(slot) for slot in order.tolist()]
         self._chosen = list(zip(reversed(keys), reversed(book.lasts_of(order).tolist()), strict=True))
         return self._chosen.pop()[0]
@@ -306,6 +359,7 @@ class LearnedPolicy(EvictionPolicy):
         if self._over():
             return False
         began = time.thread_time()
+        self._catch_up()
         untrained = self._learner.forest is None
         more = self._learner.step()
         if untrained and self._learner.forest is not None:
@@ -314,10 +368,16 @@ class LearnedPolicy(EvictionPolicy):
         return more
 
     def chances(self, keys: Sequence[bytes]) -> list[float | None]:
-        """Of each key that is held, the guessed chance that it is asked for again while it can be held; None where nothing is known."""
+        """Of each key that is held, or was lately, the guessed chance that it is asked for again while it can be held; None where nothing
+        is known, and beyond the share of the processor."""
+        if self._learner.forest is None or self._over():
+            return [None] * len(keys)
+        began = self._clock()
+        self._catch_up()
         slots = [self._book.slot(key) for key in keys]
         known = [slot for slot in slots if slot >= 0]
         said = self._learner.chances(np.array(known, dtype=np.int64)) if known else None
+        self._spent(began)
         if said is None:
             return [None] * len(slots)
         answers = iter(said.tolist())

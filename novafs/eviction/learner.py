@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from novafs.eviction.features import FEATURES, Book, Slots
-from novafs.eviction.trees import Forest, Training
+from novafs.eviction.trees import RATE, Forest, Training
 
 EXAMPLES: Final = 10_000
 GROUP: Final = 32
@@ -45,6 +45,8 @@ class Learner:
         self.predictions = 0
         self.judged = 0
         self.right = 0
+        self.rate = RATE
+        """Of the trees; 0: none are grown."""
         self.lifetime = 0.0
         """Accesses that a chunk stays which nobody asks for; 0 until something had to leave."""
         self._calibration = np.zeros((CALIBRATION, 3))
@@ -123,6 +125,8 @@ class Learner:
         if book.dropped:
             self._answer[np.array(book.dropped, dtype=np.int64)] = _VOID
             book.dropped.clear()
+        if not self.rate:
+            return False
         if self._training is not None:
             self._training.step()
             if self._training.done:
@@ -150,7 +154,7 @@ class Learner:
         answer = answer[usable]
         reused = (answer >= 0) & (answer < horizon)
         targets = -np.where(reused, np.log2(1.0 + np.maximum(answer, 0)), np.log2(1.0 + horizon) + 1.0)
-        self._training = Training(self._rows[usable], targets)
+        self._training = Training(self._rows[usable], targets, rate=self.rate)
         self._training_reused = reused
 
     def _finish(self, training: Training) -> None:

@@ -55,6 +55,10 @@ class Linear8Policy(EvictionPolicy):
         self._table = np.zeros((FEATURES, 1024))
         """By feature and slot: the last access in seconds, the rest in the features' own units. Slots are without gaps."""
         self._before = -2
+        self._rate = RATE
+
+    def set_learning_rate(self, factor: float) -> None:
+        self._rate = RATE * factor
 
     def set_clock(self, seconds: Callable[[], float]) -> None:
         self._seconds = seconds
@@ -125,7 +129,7 @@ class Linear8Policy(EvictionPolicy):
     def _learn(self, slot: int, outcome: float) -> None:
         features = self._features(np.array([slot]))[:, 0]
         score = 1.0 / (1.0 + math.exp(-max(-60.0, min(60.0, float(self.weights @ features) + self.bias))))
-        step = RATE * (outcome - score)
+        step = self._rate * (outcome - score)
         self.weights = self.weights + step * features
         self.bias += step
 

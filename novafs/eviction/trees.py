@@ -65,8 +65,9 @@ class Forest:
 class Training:
     """A forest that is being grown."""
 
-    def __init__(self, rows: Bins, targets: Numbers, *, trees: int = TREES, depth: int = DEPTH) -> None:
-        """rows: at least one; targets: finite, one for each."""
+    def __init__(self, rows: Bins, targets: Numbers, *, trees: int = TREES, depth: int = DEPTH, rate: float = RATE) -> None:
+        """rows: at least one; targets: finite, one for each. rate: how much of what is left each tree takes."""
+        self._rate = rate
         self._rows = np.ascontiguousarray(rows)
         self._targets = targets
         self._width = rows.shape[1]
@@ -111,7 +112,7 @@ class Training:
             size = 1 << self._depth
             total = np.bincount(self._leaf, self._residual, size)
             count = np.bincount(self._leaf, minlength=size)
-            values = RATE * total / (count + RIDGE)
+            values = self._rate * total / (count + RIDGE)
             self._leaves[self._tree] = values
             right = self._rows[:, self._features[self._tree]] > self._thresholds[self._tree]
             self._answer += values[right @ (1 << np.arange(self._depth - 1, -1, -1))]

@@ -86,5 +86,8 @@ class ObjectStore(ABC):
         for name in names:
             self.delete(name)
 
+    def renew(self) -> None:  # noqa: B027  # a store without credentials has none to read again
+        """Read the credentials again, and use them from now on if the store takes them. Raises what it raises; then the old ones stay."""
+
     def close(self) -> None:  # noqa: B027  # a store without connections has nothing to give back
         """Give back connections. The store is not used after."""

@@ -14,15 +14,18 @@ Used from the trio thread alone; the statistics are therefore exact without a lo
 from __future__ import annotations
 
 import builtins
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from time import monotonic, perf_counter
 from typing import Final, Generic, TypeVar
 
 import trio
 
-from novafs.errors import NovaError, RetryableError, StoreUnavailableError
+from novafs.errors import BucketMissingError, NovaError, RetryableError, StoreDeniedError, StoreUnavailableError
+from novafs.latency import LatencyBook
 from novafs.objectstore.base import ObjectInfo, ObjectStore, StoreUsage
 
 T = TypeVar("T")
@@ -50,13 +53,44 @@ class OperationStatistics:
     errors: dict[str, int]
 
 
+class StoreHealth:
+    """Whether a store answers, by what the last attempts met. "No such object" is an answer, a refusal of the credentials is none."""
+
+    def __init__(self) -> None:
+        self.answered_s = -math.inf
+        """`time.monotonic` of the last answer."""
+        self.failing_since_s: float | None = None
+        """The same of the first attempt without an answer since; None while it answers."""
+        self.reason = ""
+
+    @property
+    def up(self) -> bool:
+        """Whether the last attempt was answered."""
+        return self.failing_since_s is None
+
+    def note(self, error: Exception | None) -> None:
+        """An attempt has ended. error: what it raised, if anything."""
+        if isinstance(error, (RetryableError, StoreDeniedError, BucketMissingError)):
+            self.reason = str(error)
+            if self.failing_since_s is None:
+                self.failing_since_s = monotonic()
+        else:
+            self.failing_since_s = None
+            self.answered_s = monotonic()
+
+
 @dataclass(frozen=True, slots=True)
 class StoreStatistics:
-    """by_operation: "get", "create", "put", "list", "head", "delete", … waiting: calls that wait for a thread. running: threads at work."""
+    """by_operation: "get", "create", "put", "list", "head", "delete", … waiting: calls that wait for a thread. running: threads at work.
+
+    up: whether the last attempt of any was answered; failing_s: since when none was, 0 while it is up.
+    """
 
     by_operation: dict[str, OperationStatistics]
     waiting: int
     running: int
+    up: bool
+    failing_s: float
 
 
 class StoreClient:
@@ -70,8 +104,13 @@ class StoreClient:
         requests_max: int = 32,
         backoff_first_s: float = BACKOFF_FIRST_S,
         backoff_max_s: float = BACKOFF_MAX_S,
+        latencies: LatencyBook | None = None,
+        health: StoreHealth | None = None,
     ) -> None:
+        """latencies, health: shared with others of the same store; its own where none are given."""
         self.store = store
+        self.latencies = latencies if latencies is not None else LatencyBook()
+        self.health = health if health is not None else StoreHealth()
         self.io_timeout_s = io_timeout_s
         self._limiter = trio.CapacityLimiter(requests_max)
         self._backoff_first_s = backoff_first_s
@@ -142,7 +181,9 @@ class StoreClient:
             operation: OperationStatistics(**{**asdict(counters), "errors": dict(counters.errors)})
             for operation, counters in self._counters.items()
         }
-        return StoreStatistics(by_operation, limiter.tasks_waiting, limiter.borrowed_tokens)
+        since_s = self.health.failing_since_s
+        failing_s = monotonic() - since_s if since_s is not None else 0.0
+        return StoreStatistics(by_operation, limiter.tasks_waiting, limiter.borrowed_tokens, self.health.up, failing_s)
 
     async def aclose(self) -> None:
         """Give back the store's connections. No call may be made after, and none may be running."""
@@ -154,6 +195,7 @@ class StoreClient:
         began = trio.current_time()
         deadline = began + self.io_timeout_s
         counters = self._counters.setdefault(operation, _Counters())
+        latency = self.latencies.of("store", operation)
         counters.calls += 1
         pause_s = self._backoff_first_s
         last: RetryableError | None = None
@@ -164,14 +206,23 @@ class StoreClient:
                 attempt = _Attempt(work)
                 with trio.move_on_at(deadline) as scope:
                     try:
-                        return await trio.to_thread.run_sync(attempt, limiter=self._limiter, abandon_on_cancel=not wait)
+                        return self._answered(await trio.to_thread.run_sync(attempt, limiter=self._limiter, abandon_on_cancel=not wait))
                     except RetryableError as error:
+                        self.health.note(error)
                         last = error
+                    except NovaError as error:
+                        self.health.note(error)
+                        raise
                     finally:
                         counters.requests += attempt.started
                         counters.retries += attempt.started and repeated
+                        if attempt.started:
+                            latency.note(perf_counter() - attempt.began_s)
                 if last is None or scope.cancelled_caught:
-                    raise self._too_late(operation, name, last, started=attempt.started) from last
+                    late = self._too_late(operation, name, last, started=attempt.started)
+                    if attempt.started:
+                        self.health.note(late)
+                    raise late from last
                 # Jitter: hosts that failed together shall not come back together.
                 rest_s = pause_s * random.uniform(0.5, 1)  # noqa: S311 - no secret
                 if trio.current_time() + rest_s >= deadline:
@@ -185,6 +236,10 @@ class StoreClient:
             raise
         finally:
             counters.seconds += trio.current_time() - began
+
+    def _answered(self, result: T) -> T:
+        self.health.note(None)
+        return result
 
     def _too_late(self, operation: str, name: str, last: RetryableError | None, *, started: bool) -> StoreUnavailableError:
         if started:
@@ -201,8 +256,10 @@ class _Attempt(Generic[T]):
     def __init__(self, work: Callable[[], T]) -> None:
         self._work = work
         self.started = False
+        self.began_s = 0.0
 
     def __call__(self) -> T:
+        self.began_s = perf_counter()
         self.started = True
         return self._work()
 

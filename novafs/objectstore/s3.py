@@ -49,7 +49,10 @@ CONFLICTS_MAX: Final = 8
 REGION_DEFAULT: Final = "us-east-1"
 """What gateways that have no regions expect in a signature."""
 
-_CONTENT_RANGE: Final = re.compile(r"bytes (\d+)-(\d+)/(?:\d+|\*)", re.ASCII)
+_CONTENT_RANGE: Final = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)", re.ASCII)
+EXPIRED: Final = "Credentials were refreshed"
+"""How botocore's RuntimeError begins where a source of credentials gives expired ones."""
+ENCODINGS: Final = frozenset({"br", "compress", "deflate", "gzip", "x-gzip", "zstd"})
 _session_lock: Final = threading.Lock()
 
 
@@ -63,6 +66,13 @@ def parse_time(text: Any) -> datetime:
             found = parse(text)
             return found if found.tzinfo is not None else found.replace(tzinfo=UTC)
     return botocore.utils.parse_timestamp(text)
+
+
+def _ends_rightly(last: int, total: str, start: int, length: int | None) -> bool:
+    """Whether an answer ends, with byte `last` of `total`, where it must: with what was asked for, or with the object."""
+    if total == "*":
+        return length is None or last < start + length
+    return last == (int(total) if length is None else min(int(total), start + length)) - 1
 
 
 def _without_expect(params: dict[str, Any], **_: object) -> None:
@@ -115,7 +125,9 @@ class S3Store(ObjectStore):
 
         def work(client: S3Client) -> bytes:
             if (quick := self._quick("GET", name, ranged)) is not None:
-                return self._wanted(name, quick.body, quick.content_length, quick.headers.get("Content-Range", ""), start, length)
+                self._check_plain(quick.headers.get("Content-Encoding", ""), f"reading {name}")
+                content_range = quick.headers.get("Content-Range", "")
+                return self._wanted(name, quick.body, quick.content_length, content_range, start, length, partial=quick.status == 206)
             try:
                 answer = client.get_object(Bucket=self._bucket, Key=self._root + name, **ranged)
             except ClientError as error:
@@ -123,6 +135,7 @@ class S3Store(ObjectStore):
                     return b""  # the range begins at or past the end
                 raise
             self._check_is_s3(answer, f"reading {name}")
+            self._check_plain(answer.get("ContentEncoding", ""), f"reading {name}")
             return self._body(answer, name, start, length)
 
         return self._call(work, f"reading {name}", name)
@@ -133,15 +146,19 @@ class S3Store(ObjectStore):
             data = stream.read()  # raises where the body is shorter than its Content-Length
         finally:
             stream.close()
-        return self._wanted(name, data, answer.get("ContentLength", len(data)), answer.get("ContentRange", ""), start, length)
+        partial = answer["ResponseMetadata"]["HTTPStatusCode"] == 206
+        content_range = answer.get("ContentRange", "")
+        return self._wanted(name, data, answer.get("ContentLength", len(data)), content_range, start, length, partial=partial)
 
-    def _wanted(self, name: str, data: bytes, content_length: int, content_range: str, start: int, length: int | None) -> bytes:
-        if not content_range:
+    def _wanted(
+        self, name: str, data: bytes, content_length: int, content_range: str, start: int, length: int | None, *, partial: bool
+    ) -> bytes:
+        if not content_range and not partial:
             # The whole object; a server may ignore the range that it was asked for.
             self._check_length(name, content_length, len(data))
             return data if start == 0 and length is None else data[start : None if length is None else start + length]
         parts = _CONTENT_RANGE.fullmatch(content_range)
-        if parts is None or int(parts[1]) != start or (length is not None and int(parts[2]) >= start + length):
+        if parts is None or int(parts[1]) != start or not _ends_rightly(int(parts[2]), parts[3], start, length):
             raise StoreUnavailableError(f"{self.url}: reading {name}: asked for {length} bytes from {start}, got {content_range!r}")
         self._check_length(name, int(parts[2]) + 1 - start, len(data))
         return data
@@ -150,6 +167,11 @@ class S3Store(ObjectStore):
         """Each answer about an object has an ETag; that of a proxy or a portal on the way, which also may say 200, has none."""
         if not answer.get("ETag"):
             raise self._not_s3(doing, "no ETag")
+
+    def _check_plain(self, encoding: str, doing: str) -> None:
+        """We store nothing that is encoded, and ask for nothing that is: bytes that a proxy has compressed would look damaged."""
+        if encoding.lower() in ENCODINGS:
+            raise self._not_s3(doing, f"Content-Encoding: {encoding}")
 
     def _not_s3(self, doing: str, found: str) -> StoreUnavailableError:
         return StoreUnavailableError(f"{self.url}: {doing}: the answer is not S3's ({found}); check endpoint= and proxies on the way to it")
@@ -282,6 +304,22 @@ class S3Store(ObjectStore):
     def probe_create_only(self) -> bool:
         return probe_create_only(self)
 
+    def renew(self) -> None:
+        def work() -> tuple[S3Client, DirectRequests | None]:
+            with _session_lock:
+                made = self._make_client()
+            try:
+                made[0].head_bucket(Bucket=self._bucket)
+            except BaseException:
+                made[0].close()
+                raise
+            return made
+
+        client, direct = self._said(work, "trying the credentials that are configured now")
+        with _session_lock:
+            # Requests that are under way end with the client that they began with, which goes with the last of them.
+            self._made, self._direct = client, direct
+
     def close(self) -> None:
         with _session_lock:
             client, self._made = self._made, None
@@ -304,10 +342,13 @@ class S3Store(ObjectStore):
         made = self._made
         if made is None:
             with _session_lock:
-                made = self._made = self._made or self._make_client()
+                if self._made is None:
+                    client, self._direct = self._make_client()
+                    self._made = client
+                made = self._made
         return made
 
-    def _make_client(self) -> S3Client:
+    def _make_client(self) -> tuple[S3Client, DirectRequests | None]:
         options = self._options
         core = botocore.session.Session()
         core.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=parse_time)
@@ -332,13 +373,20 @@ class S3Store(ObjectStore):
         # "Expect: 100-continue" costs a round trip for every write, to save a body in the rare case that the write is refused.
         client.meta.events.register_last("before-call.s3", _without_expect)
         acknowledge_at_once(client)
-        self._direct = DirectRequests.of(client, session.get_credentials(), self._bucket)
-        return client
+        direct = None if options.retries_max else DirectRequests.of(client, session.get_credentials(), self._bucket)
+        return client, direct
 
     def _call(self, work: Callable[[S3Client], T], doing: str, name: str | None = None, *, missing_is_bucket: bool = False) -> T:
         """Run `work` and say its errors in the store's words. missing_is_bucket: a 404 without a code can only mean the bucket."""
+        return self._said(lambda: work(self._client()), doing, name, missing_is_bucket=missing_is_bucket)
+
+    def _said(self, work: Callable[[], T], doing: str, name: str | None = None, *, missing_is_bucket: bool = False) -> T:
         try:
-            return work(self._client())
+            return work()
+        except RuntimeError as error:
+            if EXPIRED not in str(error):
+                raise
+            raise s3errors.expired(error, doing=doing, url=self.url) from error
         except s3errors.FAILURES as error:
             ours = s3errors.from_exception(error, doing=doing, url=self.url, name=name)
             if missing_is_bucket and isinstance(ours, ObjectNotFoundError):

@@ -2,11 +2,14 @@
 
 Of the CPU time of a small request most goes into validating parameters, resolving the endpoint, serializing and parsing by the service
 model, each time anew and each time with the same result. The reads of a boot and an fsync that must reach the store wait for that.
-So the address of the bucket is asked of the SDK once, and these two requests are then put together here.
+So the address of the bucket and the region that signatures name are asked of the SDK once, and these two requests are then put
+together here.
 
-What always holds: only a plain success (200, 206) counts; whatever else happens, the caller asks the SDK in the ordinary way, which
-repeats, follows redirects, corrects its clock, refreshes what has expired and says its errors. A PUT that is repeated so is one whose
-answer may have been lost, as any that the SDK itself repeats. Where three in a row came to nothing, no more are tried.
+What always holds: only a plain success (200, 206) counts. A store that is away or fails (5xx, 429) is an error like the SDK's, so that
+nobody waits for it twice; where the SDK is to retry by itself, these requests are not made. Whatever else happens, the caller asks the SDK
+in the ordinary way, which follows redirects, corrects its clock, refreshes what has expired and says its errors: the store has answered, so
+such a PUT has had no effect, or somebody else's had. Where three in a row came to nothing, the SDK is
+asked for the next minute.
 
 Signature: AWS Signature Version 4, https://docs.aws.amazon.com/AmazonS3/latest/API/sig-v4-header-based-auth.html
 """
@@ -14,6 +17,8 @@ Signature: AWS Signature Version 4, https://docs.aws.amazon.com/AmazonS3/latest/
 from __future__ import annotations
 
 import logging
+import re
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -33,20 +38,29 @@ log = logging.getLogger(__name__)
 
 USER_AGENT: Final = f"novafs/{__version__} botocore/{botocore.__version__}"
 FAILURES_MAX: Final = 3
+REST_S: Final = 60.0
+"""How long the SDK is asked after so many: what was refused may be accepted again."""
 _PROBE: Final = "key"
+_SCOPE: Final = re.compile(r"AWS4-HMAC-SHA256 Credential=[^,]*/([^/,]+)/s3/aws4_request,")
 _ANSWERED: Final = (200, 206)
+_CODE: Final = re.compile(rb"<Code>([A-Za-z0-9.]{1,64})</Code>")
 
 
 class Answer(NamedTuple):
-    """A success: its headers (any case), its body, and how long that should be."""
+    """A success: its status, its headers (any case), its body, and how long that should be (of a GET)."""
 
+    status: int
     headers: Mapping[str, str]
     body: bytes
     content_length: int
 
 
+class _Stop(Exception):  # noqa: N818 - no error, and seen by nobody else
+    """The SDK's request is not sent."""
+
+
 class DirectRequests:
-    """For one bucket. Thread-safe: what changes is one counter, whose exactness does not matter."""
+    """For one bucket. Thread-safe: what changes are a counter and a time, whose exactness does not matter."""
 
     def __init__(self, http_session: Any, credentials: Credentials, region: str, base: str) -> None:
         self._http = http_session
@@ -54,6 +68,7 @@ class DirectRequests:
         self._region = region
         self._base = base
         self._failures = 0
+        self._rests_until_s = 0.0
 
     @classmethod
     def of(cls, client: S3Client, credentials: Credentials | None, bucket: str) -> DirectRequests | None:
@@ -61,40 +76,68 @@ class DirectRequests:
         http_session = getattr(getattr(client, "_endpoint", None), "http_session", None)
         if http_session is None or credentials is None or ":" in bucket or bucket.endswith("--x-s3"):
             return None  # access points and directory buckets have other signatures
+        asked: list[tuple[str, str]] = []
+
+        def stop(request: Any, **_: object) -> None:
+            signed = request.headers.get("Authorization", "")
+            asked.append((request.url, signed.decode() if isinstance(signed, bytes) else signed))
+            raise _Stop
+
+        # Not by a presigned URL: its host is the global one, which knows few regions, and few networks have a way to it.
+        client.meta.events.register_first("before-send.s3.GetObject", stop)
         try:
-            url = client.generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": _PROBE})
-        except (BotoCoreError, ClientError):
+            client.get_object(Bucket=bucket, Key=_PROBE)
+        except (_Stop, BotoCoreError, ClientError):
+            pass
+        finally:
+            client.meta.events.unregister("before-send.s3.GetObject", stop)
+        if not asked:
             return None
-        base, found, _ = url.partition(_PROBE + "?")
-        if not found:
+        url, signed = asked[-1]
+        scope = _SCOPE.match(signed)
+        if scope is None or not url.endswith("/" + _PROBE):
             return None
-        return cls(http_session, credentials, client.meta.region_name, base)
+        return cls(http_session, credentials, scope[1], url.removesuffix(_PROBE))
 
     def send(self, method: str, key: str, headers: Mapping[str, str], data: bytes = b"") -> Answer | None:
-        """The answer where it is a success, else None: ask the SDK."""
-        if self._failures >= FAILURES_MAX:
+        """The answer where it is a success, None: ask the SDK. Raises what the SDK raises where the store is away or fails."""
+        if self._failures >= FAILURES_MAX and time.monotonic() < self._rests_until_s:
             return None
         try:
             request = AWSRequest(method, self._base + percent_encode(key, safe="/~"), data=data, headers=dict(headers))
             request.headers["User-Agent"] = USER_AGENT
             S3SigV4Auth(self._credentials.get_frozen_credentials(), "s3", self._region).add_auth(request)
-            answer = self._http.send(request.prepare())
         except BotoCoreError as error:
             self._failed(method, error)
             return None
-        if answer.status_code not in _ANSWERED:
+        answer = self._http.send(request.prepare())
+        status = answer.status_code
+        if status not in _ANSWERED:
+            if status >= 500 or status == 429:
+                raise ClientError(_error(status, answer.content), f"{method} Object")
             # A name that is not there, or is taken, is an answer of a store that is well.
-            if answer.status_code not in (404, 409, 412, 416, 429) and answer.status_code < 500:
-                self._failed(method, f"status {answer.status_code}")
+            if status not in (404, 409, 412, 416):
+                self._failed(method, f"status {status}")
             return None
-        expected = answer.headers.get("Content-Length", "")
-        if not answer.headers.get("ETag") or not (expected.isascii() and expected.isdigit()):
+        length = answer.headers.get("Content-Length", "")
+        # The length of a PUT's answer does not matter. To ask again for its sake would find the object that was just created.
+        if not answer.headers.get("ETag") or (method == "GET" and not (length.isascii() and length.isdigit())):
             self._failed(method, "an answer that is not S3's")
             return None
         self._failures = 0
-        return Answer(answer.headers, answer.content, int(expected))
+        return Answer(status, answer.headers, answer.content, int(length) if method == "GET" else 0)
 
     def _failed(self, method: str, found: object) -> None:
         self._failures += 1
-        if self._failures == FAILURES_MAX:
-            log.debug("%s of objects goes through the SDK from here on: %s", method, found)
+        if self._failures >= FAILURES_MAX:
+            self._rests_until_s = time.monotonic() + REST_S
+            log.debug("%s of objects goes through the SDK for the next %.0f s: %s", method, REST_S, found)
+
+
+def _error(status: int, body: bytes) -> Any:
+    """An error as the SDK parses it, from the little that is looked at."""
+    found = _CODE.search(body[:4096])
+    return {
+        "Error": {"Code": found[1].decode() if found else str(status), "Message": ""},
+        "ResponseMetadata": {"HTTPStatusCode": status, "HTTPHeaders": {}, "RetryAttempts": 0},
+    }

@@ -129,5 +129,10 @@ def from_exception(error: Exception, *, doing: str, url: str, name: str | None =
             return StoreUnavailableError(f"{says}: {error or type(error).__name__}")
 
 
+def expired(error: RuntimeError, *, doing: str, url: str) -> StoreDeniedError:
+    """Our error where new credentials were asked for, and those that came had expired already."""
+    return StoreDeniedError(f"{url}: {doing}: {error} {DENIED_HELP['ExpiredToken']}")
+
+
 FAILURES: Final = (boto.BotoCoreError, boto.ClientError, HTTPError, OSError)
 """All that a boto3 call raises where the arguments are in order."""

@@ -24,6 +24,8 @@ class Settings:
     """Backend traffic as a multiple of what there would be without prefetch."""
     chunk_size: int = 65536
     places_max: int = PLACES_MAX
+    learning_rate: float = 1.0
+    """Of all models, as a multiple of the measured best; 0: nothing is learned."""
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -34,6 +36,7 @@ class Settings:
             ("prefetch_window_bytes", 65536, 1 << 30),
             ("chunk_size", 512, 1 << 26),
             ("places_max", 1024, 1 << 26),
+            ("learning_rate", 0.0, 10.0),
         ):
             value = getattr(self, name)
             if not low <= value <= high:

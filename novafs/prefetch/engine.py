@@ -21,17 +21,19 @@ Where the parts are: `judge.py` turns what the sources name into decisions and t
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Final
 
 from novafs.prefetch.account import Counts, EngineStatistics, Settings
-from novafs.prefetch.base import INDEX_BITS, INDEX_MASK, NOTHING, Access, Fetch, Key, Origin, Place
+from novafs.prefetch.base import INDEX_BITS, INDEX_MASK, NOTHING, Access, Fetch, Key, Origin, Place, key_of
 from novafs.prefetch.echo import RING_MAX
 from novafs.prefetch.gate import Features, Gate, logistic, logit
 from novafs.prefetch.judge import Judge, Wanted
+from novafs.prefetch.lstm import DeltaModel
 from novafs.prefetch.markov import TransitionTable
+from novafs.prefetch.patterns import SPELL_PAUSE_S
 from novafs.prefetch.presence import Presence
 from novafs.prefetch.profile import ProfileBook, Recorder, places
 from novafs.prefetch.shadow import ShadowLru
@@ -39,6 +41,11 @@ from novafs.prefetch.shelf import DeltaShelf
 from novafs.prefetch.state import ECHO_REACH, ImageState, Issue
 
 IMAGES_MAX: Final = 256
+HOPE_MISSES: Final = 512
+HOPE_SHARE: Final = 20
+"""An image of which, after so many misses, fewer than one in so many was helped is read in a way that nobody foresees."""
+PATTERN_TICKS: Final = 1024
+"""Accesses for which a pattern counts as known: to find one takes up to a tenth of a millisecond."""
 QUEUE_MAX: Final = 4096
 AT_ONCE_MAX: Final = 16
 """Prefetches that one access may lead to, the profile's apart."""
@@ -86,6 +93,8 @@ class PrefetchEngine:
         places_max = min(self.settings.places_max, max(PLACES_MIN, PLACES_PER_CHUNK * self.capacity_chunks))
         self._judge = Judge(gate if gate is not None else Gate(), self._issued, places_max=places_max, life=2.0 * self.capacity_chunks)
         self._presence = Presence(self.capacity_chunks, 4 * self.capacity_chunks + 2 * QUEUE_MAX)
+        self.gate.set_learning_rate(self.settings.learning_rate)
+        self.table.frozen = self.book.frozen = not self.settings.learning_rate
         self._totals = Counts()
         self._by_origin = [Counts() for _ in Origin]
         self._misses = 0
@@ -95,6 +104,12 @@ class PrefetchEngine:
     def gate(self) -> Gate:
         """The model that all images share."""
         return self._judge.gate
+
+    def retune(self, settings: Settings) -> None:
+        """Other settings for all images from now on; what they have learned, and their accounts, stay."""
+        self.settings = settings
+        for image in self._images.values():
+            image.retune(settings)
 
     # --- what the caller tells --------------------------------------------------------------------------------
 
@@ -120,8 +135,10 @@ class PrefetchEngine:
         for place in [place for place in self._queue if place >> INDEX_BITS == image]:
             self._drop(place)
 
-    def observe(self, access: Access) -> None:
-        """A guest touched a chunk. Decides what to fetch next; `take` hands it out."""
+    def observe(self, access: Access, *, sparing: bool = False) -> None:
+        """A guest touched a chunk. Decides what to fetch next; `take` hands it out. sparing: above the CPU budget (`throttle.py`), what a
+        replayed profile foresaw teaches the sources nothing.
+        """
         place = access.place
         image = self._images.get(place >> INDEX_BITS)
         if image is None:
@@ -138,7 +155,17 @@ class PrefetchEngine:
             image.base_misses += self._shadow.weight
         issue = self._issued.get(place)
         missed = self._settle(image, access)
+        # While a profile is replayed and holds, it has named what comes next: to judge others would cost as much as a fetch.
+        replayed = not missed and (image.replaying > 0 or (issue is not None and issue.origin is Origin.PROFILE))
         self._judge.expire(tick)
+        if sparing and replayed:
+            image.last_s = access.time_s
+            image.waited = not access.hit
+            self._judge.skimmed(place, tick)
+            self._presence.hold(place, access.key, self._issued)
+            if image.recorder is not None:
+                self._record(image, place, access.key)
+            return
         age, echoed = self._judge.touched(place, tick, image.echo.tick + 1)
         if self._latency_s:
             self._look_ahead(image, access.time_s)
@@ -153,36 +180,50 @@ class PrefetchEngine:
             self._record(image, place, access.key)
         image.watch.observe(access.time_s, in_run=image.streams.run > 1)
         image.daily.observe(access.time_s, place & INDEX_MASK, access.key)
-        # While a profile is replayed and holds, it has named what comes next: to judge others would cost as much as a fetch.
-        replayed = not missed and (image.replaying > 0 or (issue is not None and issue.origin is Origin.PROFILE))
+        image.spells.observe(access.time_s, place & INDEX_MASK)
         if not access.more and not replayed:
             image.governor.update(image.base_misses, image.misses, self._presence.displaced(self._judge.life))
             wanted = self._judge.consider(image, place, tick, age, echoed, self._presence.places, missed=missed)
             if wanted:
                 self._decide(image, wanted)
 
-    def skim(self, access: Access) -> None:
-        """A hit of which only the least is noted: that the chunk is in use, and after an open in which order. For hits above the CPU
-        budget (`throttle.py`).
+    def skim(self, place: Place, chunk_id: bytes, *, missed: bool = False) -> None:
+        """An access of which only the least is noted: that the chunk is in use, and after an open in which order; and of a miss, that it
+        was one. For accesses above the CPU budget (`throttle.py`). chunk_id: or what begins with it, like the map's entry.
 
-        The first use of a prefetch, or anything but a hit, must go to `observe`; `expected` tells.
+        The first use of a prefetch, and what goes on where an access before it was, must go to `observe`; `expected` and `continues` tell.
         """
-        image = self._images.get(access.place >> INDEX_BITS)
-        if self._shadow.observe(access.place) and image is not None:
+        image = self._images.get(place >> INDEX_BITS)
+        if missed:
+            self._misses += 1
+            self._judge.answered(place, self._tick)
+            self._presence.tick(place, missed=True)
+            self._presence.hold(place, key_of(chunk_id), self._issued)
+            if image is not None:
+                image.misses += 1
+                image.streams.observe(Access(place, NOTHING, 0.0, False, False))
+        if self._shadow.observe(place) and image is not None:
             image.base_misses += self._shadow.weight
-        self._judge.skimmed(access.place, self._tick)
+        self._judge.skimmed(place, self._tick)
         if image is not None and image.recorder is not None:
-            self._record(image, access.place, access.key)
+            self._record(image, place, key_of(chunk_id))
 
     def work(self) -> bool:
         """A slice of learning that can wait (about 10 ms): call it when there is CPU time to spare. False if there is nothing to do."""
+        if not self.settings.learning_rate:
+            return False
         return any(image.deltas.work() for image in self._images.values() if image.deltas.ready)
 
     def warm(self, time_s: float, ahead_s: float = 900.0) -> int:
-        """Queue what is due: the chunks that an image usually reads at the hour which begins within `ahead_s`. How many."""
+        """Queue what is due: the chunks that an image usually reads at the hour which begins within `ahead_s`, or in the next spell of
+        an image that is read periodically. How many.
+        """
         queued = 0
         for image in self._images.values():
-            for index, chance in image.daily.due(time_s, ahead_s):
+            due = image.daily.due(time_s, ahead_s)
+            if not due and time_s - image.last_s > SPELL_PAUSE_S:
+                due = image.spells.due(time_s, image.watch.period_s())
+            for index, chance in due:
                 place = image.number << INDEX_BITS | index
                 if place not in self._presence.places and len(self._queue) < QUEUE_MAX and logit(chance) >= image.governor.trusted:
                     self._issue(image, place, Origin.DAILY, chance, None, 0.0, 0)
@@ -194,6 +235,27 @@ class PrefetchEngine:
         for image in list(self._images.values()):
             if image.family is not None:
                 self.shelf.keep(image.family, image.deltas)
+
+    def forget_networks(self) -> None:
+        """Forget what the LSTMs of all images have learned, kept ones included."""
+        self.shelf.clear()
+        for image in self._images.values():
+            image.deltas = DeltaModel()
+
+    def pattern(self, image: int) -> str:
+        """How an image is read, in one word of `patterns.Pattern`; "idle" for one that was never read."""
+        state = self._images.get(image)
+        if state is None:
+            return "idle"
+        since, word = state.pattern_known
+        if word == "idle" or self._tick - since >= PATTERN_TICKS:  # that it is idle is cheap to see
+            word = state.watch.pattern().value
+            state.pattern_known = (self._tick, word)
+        return word
+
+    def patterns(self) -> dict[str, int]:
+        """How many of the images that are remembered are read in which way."""
+        return dict(Counter(self.pattern(number) for number in self._images))
 
     def describe(self, image: int) -> dict[str, object]:
         """What `novafs info` says of an image; empty for one that was never read."""
@@ -217,6 +279,16 @@ class PrefetchEngine:
     def expected(self, place: Place) -> bool:
         """Whether a prefetch of this place has not ended."""
         return place in self._issued
+
+    def hopeless(self, number: int) -> bool:
+        """Whether prefetch has found next to nothing to do on this image so far, as where reads are random."""
+        image = self._images.get(number)
+        return image is not None and image.misses >= HOPE_MISSES and image.counts.used * HOPE_SHARE < image.misses
+
+    def continues(self, place: Place) -> bool:
+        """Whether a stream of this image has come up to here."""
+        image = self._images.get(place >> INDEX_BITS)
+        return image is not None and image.streams.continues(place & INDEX_MASK)
 
     def set_latency(self, latency_s: float) -> None:
         """What a fetch takes at present: the sources look so far ahead that what they name can be there in time."""

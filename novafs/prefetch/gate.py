@@ -92,9 +92,14 @@ class GateRecord(msgspec.Struct, array_like=True):
 class Gate:
     """The model. Scores are log odds before calibration."""
 
-    __slots__ = ("_odds", "_seen", "_squares", "_used", "_weights", "examples", "log_loss")
+    __slots__ = ("_odds", "_rate", "_seen", "_squares", "_used", "_weights", "examples", "log_loss")
 
     def __init__(self) -> None:
+        self._rate = RATE
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
         self._weights = [0.0] * (MASK + 1)
         self._squares = [1.0] * (MASK + 1)
         prior = [logistic((number - BIN_MIDDLE) / BINS_PER_UNIT - 1.0) for number in range(BINS)]
@@ -104,6 +109,10 @@ class Gate:
         self.examples = 0
         self.log_loss = 0.0
         """Mean cost of the calibrated predictions, in nats, over about the last thousand examples."""
+
+    def set_learning_rate(self, factor: float) -> None:
+        """Learn so many times as fast as usual; 0: not at all."""
+        self._rate = RATE * factor
 
     def score(self, features: Features) -> float:
         """Log odds by the first layer."""
@@ -126,11 +135,13 @@ class Gate:
 
     def learn(self, features: Features, score: float, kind: int, used: float) -> None:
         """What became of a candidate that had this score: 1.0 used, 0.0 not."""
+        if not self._rate:
+            return
         weights, squares = self._weights, self._squares
         now = self.score(features)
         gradient = (1.0 / (1.0 + math.exp(-now)) if now > -_SCORE_MAX else 0.0) - used
         square = gradient * gradient
-        step = RATE * gradient
+        step = self._rate * gradient
         for at in features:
             total = squares[at] + square
             squares[at] = total

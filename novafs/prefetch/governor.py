@@ -10,7 +10,8 @@ into a threshold by keeping account of what happened:
 - **Slow start.** Only so many prefetches may be in the balance (neither used nor overdue) as a share of what was used so far. A new
   image, or a random one, gets a handful of chances, not a window.
 - **Traffic.** `prefetch_traffic_max` times the demand traffic that the shadow cache says there would have been without prefetch.
-- **Worth.** Nothing that is less likely to be used than what it would push out (`displaced`).
+- **Worth.** Nothing that wins less than its place would (`displaced`). The place is lost only where the prefetch is not used, so its
+  odds are compared with that, not its chance.
 - **Sources** that stay below the target get a threshold of their own, higher the longer they do.
 
 - **Claims.** Without a target nothing else would notice that the gate promises more than it keeps, as it does where reads are random: the
@@ -22,6 +23,7 @@ One governor per image.
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 from novafs.prefetch.base import Origin
@@ -79,10 +81,7 @@ class Governor:
     )
 
     def __init__(self, *, accuracy_target: float, aggression: float, traffic_max: float) -> None:
-        self._aggression = aggression
-        self._target = min(0.995, accuracy_target + ABOVE_TARGET) * (1.0 - aggression)
-        self._traffic_max = traffic_max
-        self._base = logit(max(0.02, self._target - BELOW_TARGET)) if aggression < 1.0 else EAGER_MIN
+        self.retune(accuracy_target=accuracy_target, aggression=aggression, traffic_max=traffic_max)
         self._credit = -FIRST_DEBT
         self._pending = 0
         self._expected = 0.0
@@ -98,6 +97,13 @@ class Governor:
         self.bias = [0.0] * _ORIGINS
         """Log odds by source, added to the threshold."""
         self.update(0.0, 0.0, 0.0)
+
+    def retune(self, *, accuracy_target: float, aggression: float, traffic_max: float) -> None:
+        """Other targets; the next `update` goes by them, with the account as it stands."""
+        self._aggression = aggression
+        self._target = min(0.995, accuracy_target + ABOVE_TARGET) * (1.0 - aggression)
+        self._traffic_max = traffic_max
+        self._base = logit(max(0.02, self._target - BELOW_TARGET)) if aggression < 1.0 else EAGER_MIN
 
     def update(self, base_misses: float, misses: float, displaced: float) -> None:
         """Set the threshold.
@@ -115,7 +121,8 @@ class Governor:
         room = self._traffic_max * base_misses - misses - self.fetched + self._expected
         # At no room the threshold is 2.5, at a tenth of the demand traffic (or 30 chunks, if more) -2.
         threshold = max(threshold, min(3.5, 2.5 - 4.5 * room / (0.1 * base_misses + 30.0)))
-        worth = logit(min(0.9, DISPLACED_MARGIN * displaced)) if displaced > 0.0 else THRESHOLD_MIN
+        # Odds, not a probability: only a prefetch that is not used keeps its place for as long as `displaced` supposes.
+        worth = max(THRESHOLD_MIN, math.log(DISPLACED_MARGIN * displaced)) if displaced > 0.0 else THRESHOLD_MIN
         self.worthy = max(self.trusted, worth)
         self.threshold = max(threshold, worth) if displaced > 0.0 else threshold
 

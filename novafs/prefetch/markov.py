@@ -62,19 +62,32 @@ def pair_key(before: Key, current: Key) -> Key:
 class TransitionTable:
     """The counts of all images of a volume."""
 
-    __slots__ = ("_one", "_states_max", "_two", "chunk_size")
+    __slots__ = ("_one", "_states_max", "_two", "chunk_size", "frozen")
 
     def __init__(self, chunk_size: int = 65536, *, states_max: int = STATES_MAX) -> None:
         self.chunk_size = chunk_size
         self._states_max = states_max
         self._one: dict[Key, State] = {}
         self._two: dict[Key, State] = {}
+        self.frozen = False
+        """Whether what is observed is not counted."""
 
     def __len__(self) -> int:
         return len(self._one) + len(self._two)
 
+    def contents(self) -> set[Key]:
+        """All content that something is known to follow."""
+        return set(self._one)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._one.clear()
+        self._two.clear()
+
     def learn(self, before: Key | None, current: Key, following: Key, index: int) -> None:
         """Count `current → following`, and `before, current → following` where `before` is known."""
+        if self.frozen:
+            return
         self._count(self._one, current, following, index, SUCCESSORS_1)
         if before is not None:
             self._count(self._two, ((before * 0x9E3779B97F4A7C15) ^ current) & _KEY_MASK, following, index, SUCCESSORS_2)

@@ -18,7 +18,7 @@ run there while the engine works on.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
 from novafs.errors import NewerFormatError, ObjectCorruptError
@@ -75,6 +75,19 @@ def load_models(engine: PrefetchEngine, blobs: Mapping[str, bytes]) -> list[str]
         else:
             loaded.append(name)
     return loaded
+
+
+def reset_models(engine: PrefetchEngine, names: Iterable[str]) -> None:
+    """Have an engine forget what it has learned; what it counts of accesses and prefetches stays. Other names are ignored."""
+    for name in names:
+        if name == TRANSITIONS:
+            engine.table.clear()
+        elif name == GATE:
+            engine.gate.clear()
+        elif name == PROFILES:
+            engine.book.clear()
+        elif name == LSTM:
+            engine.forget_networks()
 
 
 def merge_models(name: str, mine: bytes, theirs: bytes) -> bytes:

@@ -1,7 +1,8 @@
-"""What kind of access an image sees: sequential, random, periodic or bursty; and at which hours it is used.
+"""What kind of access an image, or a key of the library, sees: sequential, random, periodic or bursty; and at which hours it is used.
 
-For people and for warming, not for the gate: `novafs info`, the metrics, and `DailyProfile.due`, which tells the mount what
-to fetch before the hour at which an image is usually read.
+For people, for warming and for scorers, not for the gate: `novafs info`, `HierarchicalCache.patterns`, the metrics; `DailyProfile.due`
+and `SpellMemory.due`, which tell the mount what to fetch before the hour at which an image is usually read, or before the next spell of
+one that is read periodically; and `EvictionPolicy.set_patterns`.
 
 An image's accesses are summed over windows of `WINDOW_S`. *Sequential*: at least half of the accesses continue a run.
 *Periodic*: the busy windows recur at a distance that the autocorrelation of the activity shows (at least `PERIOD_MIN`, with
@@ -26,6 +27,12 @@ PERIOD_MIN: Final = 0.5
 BURSTY_MIN: Final = 10.0
 ACCESSES_MIN: Final = 64
 FADE: Final = 0.98
+
+SPELL_PAUSE_S: Final = 3 * WINDOW_S
+"""A pause after which reading counts as a new spell."""
+PERIOD_S_MIN: Final = 12 * WINDOW_S
+"""Below it what a spell reads is hardly gone before the next, and the one in use would be taken for it."""
+SPELL_AHEAD_S: Final = 120.0
 
 SLOTS: Final = 96
 """Quarters of an hour in a day."""
@@ -112,6 +119,41 @@ class PatternWatch:
         # What recurs after one period recurs after two: the shortest that is about as good is it.
         best = first + int(np.flatnonzero(found[first:] >= 0.9 * top)[0])
         return best * WINDOW_S
+
+
+class SpellMemory:
+    """What an image read in its last two spells of activity, in order: what it reads again after a period, where it has one.
+
+    A chunk's chance is the share of the spell before that was read again, for those that were read in both; half of it for the others.
+    """
+
+    __slots__ = ("_before", "_began_s", "_last_s", "_now")
+
+    def __init__(self) -> None:
+        self._now: dict[int, None] = {}
+        """Indexes, in the order of their first read in the spell."""
+        self._before: dict[int, None] = {}
+        self._began_s = 0.0
+        self._last_s = float("-inf")
+
+    def observe(self, time_s: float, index: int) -> None:
+        """An access."""
+        if time_s - self._last_s > SPELL_PAUSE_S:
+            self._before, self._now = self._now, {}
+            self._began_s = time_s
+        self._last_s = time_s
+        if len(self._now) < CHUNKS_MAX:
+            self._now.setdefault(index)
+
+    def due(self, time_s: float, period_s: float | None) -> list[tuple[int, float]]:
+        """Indexes to warm now, with their chance: the last spell's, where the next begins within `SPELL_AHEAD_S`."""
+        if period_s is None or period_s < PERIOD_S_MIN or time_s - self._last_s <= SPELL_PAUSE_S or not self._before:
+            return []
+        wait_s = (self._began_s - time_s) % period_s
+        if wait_s > SPELL_AHEAD_S or time_s - self._began_s > 1.5 * period_s:  # it has missed one: it may be over
+            return []
+        again = len(self._now.keys() & self._before.keys()) / len(self._before)
+        return [(index, again if index in self._before else 0.5 * again) for index in self._now]
 
 
 class DailyProfile:

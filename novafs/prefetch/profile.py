@@ -119,18 +119,38 @@ class ProfileRecord(msgspec.Struct, array_like=True):
 class ProfileBook:
     """The profiles of a volume, the least recently folded forgotten first."""
 
-    __slots__ = ("_families", "chunk_size")
+    __slots__ = ("_families", "chunk_size", "frozen")
 
     def __init__(self, chunk_size: int = 65536) -> None:
         self.chunk_size = chunk_size
         self._families: OrderedDict[Key, list[Profile]] = OrderedDict()
+        self.frozen = False
+        """Whether what is read after an open is not kept."""
 
     def __len__(self) -> int:
         return sum(len(variants) for variants in self._families.values())
 
+    def contents(self) -> set[Key]:
+        """All content that profiles name."""
+        return {key for variants in self._families.values() for profile in variants for key, _ in profile.entries.values()}
+
     def named(self, first: Key) -> set[int]:
         """All chunks that profiles of images that begin with `first` name: what `find` may ask for."""
         return {index for profile in self._families.get(first, ()) for index in profile.entries}
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._families.clear()
+
+    def starts(self) -> list[tuple[int, Key]]:
+        """Where profiles begin: the index and the content of their first chunk; those that were folded last come first."""
+        found = []
+        for first, variants in reversed(self._families.items()):
+            for profile in variants:
+                index = next((index for index, (key, _) in profile.entries.items() if key == first), None)
+                if index is not None:
+                    found.append((index, first))
+        return list(dict.fromkeys(found))
 
     def find(self, first: Key, content: Callable[[int], Key | None] | None) -> Profile | None:
         """The profile of images that begin with `first`; `content(index)` tells what the image at hand holds, where that is known."""
@@ -146,7 +166,7 @@ class ProfileBook:
     def fold(self, recorder: Recorder) -> None:
         """Keep what an open has read."""
         first = recorder.first
-        if first is None or len(recorder.order) < 2:
+        if first is None or len(recorder.order) < 2 or self.frozen:
             return
         variants = self._families.setdefault(first, [])
         self._families.move_to_end(first)

@@ -34,7 +34,7 @@ def run_bucket(run: int) -> int:
 class SequentialSource:
     """The streams of one image. Evidence: run bucket * 16 + distance in chunks (at most 15)."""
 
-    __slots__ = ("_candidates", "_head", "_heads", "_regions", "_start", "direction", "run", "window_max")
+    __slots__ = ("_ahead", "_candidates", "_head", "_heads", "_regions", "_start", "direction", "run", "window_max")
 
     def __init__(self, window_max: int) -> None:
         self.window_max = window_max
@@ -47,7 +47,10 @@ class SequentialSource:
         self._regions: OrderedDict[int, tuple[int, int, int]] = OrderedDict()
         """Region → last index in it, last distance, how often that distance came in a row."""
         self._start = 1
-        self._candidates: list[Candidate] = []
+        self._candidates: list[Candidate] | None = []
+        """None: not drawn up yet. Most accesses are not asked for them."""
+        self._ahead = (0, 0, 0, 0, 0)
+        """For drawing them up: place, direction, evidence of the run, first and last distance."""
 
     def observe(self, access: Access) -> None:
         place = access.place
@@ -81,9 +84,14 @@ class SequentialSource:
         base = run_bucket(run) * 16
         if run > 1:
             reach = min(window, index) if direction < 0 else window
-            self._candidates = [(place + direction * ahead, base + (ahead if ahead < 15 else 15)) for ahead in range(there + 1, reach + 1)]
+            self._candidates = None
+            self._ahead = (place, direction, base, there + 1, reach)
         else:
             self._candidates = self._strided(place, index)
+
+    def continues(self, index: int) -> bool:
+        """Whether an access to this chunk would continue a stream."""
+        return index - 1 in self._heads or index + 1 in self._heads
 
     def there(self, count: int) -> None:
         """The first `count` of the candidates are there or on their way: the stream does not name them again. For long windows: it
@@ -111,4 +119,7 @@ class SequentialSource:
         return [(place + step * ahead, base + min(ahead, 15)) for ahead in range(1, reach + 1) if 0 <= index + step * ahead <= INDEX_MASK]
 
     def candidates(self) -> Sequence[Candidate]:
+        if self._candidates is None:
+            place, direction, base, first, last = self._ahead
+            self._candidates = [(place + direction * ahead, base + (ahead if ahead < 15 else 15)) for ahead in range(first, last + 1)]
         return self._candidates

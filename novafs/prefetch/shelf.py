@@ -66,6 +66,10 @@ class DeltaShelf:
     def __len__(self) -> int:
         return len(self._kept)
 
+    def clear(self) -> None:
+        """Forget everything."""
+        self._kept.clear()
+
     def keep(self, family: Key, model: DeltaModel) -> None:
         """Keep a copy of what an image has learned, unless it is little, or less than what is known of its family."""
         known = self._kept.get(family)

@@ -12,7 +12,7 @@ from novafs.prefetch.gate import Features
 from novafs.prefetch.governor import Governor
 from novafs.prefetch.lstm import DeltaModel
 from novafs.prefetch.markov import MarkovSource, TransitionTable
-from novafs.prefetch.patterns import DailyProfile, PatternWatch
+from novafs.prefetch.patterns import DailyProfile, PatternWatch, SpellMemory
 from novafs.prefetch.profile import Recorder
 from novafs.prefetch.sequential import SequentialSource
 from novafs.prefetch.spatial import SpatialSource
@@ -61,11 +61,13 @@ class ImageState:
         "markov",
         "misses",
         "number",
+        "pattern_known",
         "quiet",
         "recorder",
         "replay",
         "replaying",
         "spatial",
+        "spells",
         "streams",
         "sure",
         "waited",
@@ -86,6 +88,9 @@ class ImageState:
         self.deltas = DeltaModel()
         self.watch = PatternWatch()
         self.daily = DailyProfile()
+        self.spells = SpellMemory()
+        self.pattern_known: tuple[int, str] = (0, "idle")
+        """What was found last, and when: accesses of all images."""
         self.sure: Place = -1
         """What the transitions named with confidence as the next; -1 where they were not sure."""
         self.governor = Governor(
@@ -104,3 +109,12 @@ class ImageState:
         self.replaying = 0
         """Prefetches of the profile that have not ended."""
         self.counts = Counts()
+
+    def retune(self, settings: Settings) -> None:
+        """Work with other settings from now on."""
+        self.streams.window_max = settings.prefetch_window
+        self.governor.retune(
+            accuracy_target=settings.prefetch_accuracy_target,
+            aggression=settings.prefetch_aggression,
+            traffic_max=settings.prefetch_traffic_max,
+        )

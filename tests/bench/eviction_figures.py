@@ -127,10 +127,11 @@ def _cost(names_of: list[str]) -> None:
         if isinstance(policy, LearnedPolicy):
             _learn(policy, popular)
         evict_s = fill_s = 0.0
+        gone = 0
         for number in range(CHUNKS, CHUNKS + EVICTIONS, BATCH):
             began = time.process_time()
-            for _ in range(BATCH):
-                policy.victims(65536)
+            while gone < number + BATCH - CHUNKS:
+                gone += len(policy.victims(65536))
             evicted = time.process_time()
             for each in range(number, number + BATCH):
                 policy.insert(names[each], 65536, place=each)
@@ -138,7 +139,7 @@ def _cost(names_of: list[str]) -> None:
             fill_s += time.process_time() - evicted
         quality = policy.quality()
         memory = "-" if quality is None else f"{quality.memory_bytes / 2**20:.0f} MiB"
-        figures = f"{insert_s * 1e6:.2f} | {touch_s * 1e6:.2f} | {evict_s / EVICTIONS * 1e6:.2f} | {fill_s / EVICTIONS * 1e6:.2f}"
+        figures = f"{insert_s * 1e6:.2f} | {touch_s * 1e6:.2f} | {evict_s / gone * 1e6:.2f} | {fill_s / EVICTIONS * 1e6:.2f}"
         print(f"| {name} | {figures} | {memory} |", flush=True)
 
 

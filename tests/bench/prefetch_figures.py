@@ -1,9 +1,10 @@
 """The figures of docs/prefetch.md: accuracy, coverage, traffic, hit rates and stall times on the disk traces, and the boot traces.
 
-    python -m tests.bench.prefetch_figures [--modes default,eager] [--traces NAME,NAME] [--made] [--no-latency]
+    python -m tests.bench.prefetch_figures [--modes default,eager] [--traces NAME,NAME] [--made] [--no-latency] [--policy learned]
 
 Needs the trace folder (NOVAFS_TRACES, or `../shared/traces` beside the tree). `--made` takes made-up traces (`tests.support.made_traces`)
-instead, which the policies were not developed on. One process, about 10 minutes for everything.
+instead, which the policies were not developed on. `--policy` names who evicts; the column "none" is LRU without prefetch all the same.
+One process, about 10 minutes for everything.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--modes", default="default,eager")
     parser.add_argument("--traces", default=",".join(DISKS))
+    parser.add_argument("--policy", default="lru", help="who evicts")
+    parser.add_argument("--size", type=float, default=0.1, help="of the cache, as a share of the trace's different chunks")
     parser.add_argument("--no-latency", action="store_true", help="leave out the runs with 30 ms and 250 MB/s")
     parser.add_argument("--no-boot", action="store_true", help="leave out the boot traces")
     parser.add_argument("--made", action="store_true", help="on made-up traces instead of those of the folder")
@@ -37,33 +40,34 @@ def main() -> None:
             for name in names:
                 make_trace(name, Path(made))
             for mode in arguments.modes.split(","):
-                _disks(Path(made), mode, names, latency=not arguments.no_latency)
+                _disks(Path(made), Scenario(arguments.size, arguments.policy, mode), names, latency=not arguments.no_latency)
         return
     folder = traces_folder()
     if folder is None:
         raise SystemExit("no trace folder: set NOVAFS_TRACES")
     for mode in arguments.modes.split(","):
-        _disks(folder, mode, arguments.traces.split(","), latency=not arguments.no_latency)
+        _disks(folder, Scenario(arguments.size, arguments.policy, mode), arguments.traces.split(","), latency=not arguments.no_latency)
     if not arguments.no_boot:
         _boots(folder)
 
 
-def _disks(folder: Path, mode: str, names: list[str], *, latency: bool) -> None:
-    print(f"\n{mode}: L1 = LRU at 10 %\n")
+def _disks(folder: Path, scenario: Scenario, names: list[str], *, latency: bool) -> None:
+    store = replace(scenario, latency_s=STORE.latency_s, bandwidth=STORE.bandwidth)
+    print(f"\n{scenario.prefetch}: L1 = {scenario.policy} at {scenario.size:.0%}\n")
     print("| trace | hit, none | hit | accuracy | coverage | traffic | stall, none, s | removed at once | removed at 30 ms | ratio | µs |")
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     rows: list[tuple[Result, float | None]] = []
     for name in names:
         trace = open_trace(folder / f"{name}.npz")
-        base = simulate(trace, replace(STORE, prefetch="off"))
+        base = simulate(trace, replace(store, prefetch="off", policy="lru"))
         began = time.process_time()
-        result = simulate(trace, Scenario(prefetch=mode), base=base)
+        result = simulate(trace, scenario, base=base)
         spent = (time.process_time() - began) / result.accesses
         kept = None
         stalls = "| - | - | - | -"
         if latency:
-            at_once = simulate(trace, replace(STORE, prefetch=mode, instant_prefetch=True), base=base)
-            real = simulate(trace, replace(STORE, prefetch=mode), base=base)
+            at_once = simulate(trace, replace(store, instant_prefetch=True), base=base)
+            real = simulate(trace, store, base=base)
             removed = base.stall_s - at_once.stall_s
             kept = (base.stall_s - real.stall_s) / removed if removed > 0 else None
             stalls = f"| {base.stall_s:.0f} | {removed:.0f} | {base.stall_s - real.stall_s:.0f} | {_text(kept)}"

@@ -143,6 +143,30 @@ def test_a_profile_of_the_usual_files_is_used(ceph_rgw: Ceph, s3_url: str, tmp_p
     store.close()
 
 
+def test_new_credentials_are_used_if_the_store_takes_them(
+    ceph_rgw: Ceph, s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "credentials"
+
+    def write(access_key: str, secret_key: str) -> None:
+        file.write_text(f"[default]\naws_access_key_id = {access_key}\naws_secret_access_key = {secret_key}\n")
+
+    write(*ceph_rgw.credentials)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
+    store = open_store(s3_url)
+    store.create("a", b"one")
+    write("NOBODY", "x" * 40)
+    with pytest.raises(StoreDeniedError, match="trying the credentials that are configured now"):
+        store.renew()
+    assert store.get("a") == b"one", "the old ones stay"
+    write(*ceph_rgw.credentials)
+    store.renew()
+    assert store.get("a") == b"one"
+    store.close()
+
+
 def test_an_endpoint_is_spoken_to_in_path_style_unless_told_otherwise(ceph_rgw: Ceph, s3_prefix: str) -> None:
     with HttpFaultProxy(ceph_rgw.port) as proxy:
         url = ceph_rgw.volume_url(BUCKET, s3_prefix, endpoint=proxy.endpoint.replace("127.0.0.1", "localhost"))

@@ -288,7 +288,8 @@ def test_a_daemon_that_could_not_store_everything_makes_umount_fail(place: Place
     message = failed(done)
     assert message.startswith(f"{place.mnt} is unmounted, but its daemon failed: ")
     assert str(place.volume.root) in message
-    assert place.log().rstrip().endswith(message.partition("its daemon failed: ")[2])
+    last = place.log().rstrip().splitlines()[-1]
+    assert " level=error " in last and message.partition("its daemon failed: ")[2] in last
 
 
 # --- a daemon that takes its time: played by a process that holds the lock ------------------------------------------------
@@ -318,7 +319,7 @@ def test_umount_says_what_it_waits_for(place: Place, monkeypatch: pytest.MonkeyP
         statedir.write_record(MountRecord(mnt, daemon.pid, str(state), place.volume.url, f"{state}/mount.log"))
         said: list[str] = []
 
-        def say(message: str) -> None:
+        def say(message: str, *, error: bool = False) -> None:
             said.append(message)
             if message.startswith("waiting"):
                 assert daemon.stdin is not None

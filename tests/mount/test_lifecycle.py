@@ -100,9 +100,9 @@ def test_open_files_are_cut_off_when_their_time_is_over(tmp_path: Path) -> None:
     assert content_after(mount.url, tmp_path, "a.raw") == b"written, never closed"
 
 
-def test_a_hangup_is_ignored(mounted: Mount) -> None:
+def test_a_hangup_ends_nothing(mounted: Mount) -> None:
     mounted.signal(signal.SIGHUP)
-    mounted.wait_log("SIGHUP: ignored")
+    mounted.wait_log("SIGHUP: no setting that can change now has changed")
     (mounted.path / "a.raw").write_bytes(b"still here")
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from novafs import cli
 from novafs.cli import common
+from novafs.logs import OURS
 
 
 class Result(NamedTuple):
@@ -60,17 +61,24 @@ class Cli:
         return lines[-1].removeprefix("novafs: ")
 
 
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Iterator[Cli]:
-    """The command line; what it sets up in this process is undone."""
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """What a test sets up for logging in this process is undone after it."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
-    levels = {name: logging.getLogger(name).level for name in ("novafs", "novafs_mount")}
-    yield Cli(capsys)
-    root.handlers[:] = handlers
+    levels = {name: logging.getLogger(name).level for name in OURS}
+    yield
+    root.handlers[:] = [handler for handler in root.handlers if handler in handlers]
+    root.handlers += [handler for handler in handlers if handler not in root.handlers]
     root.setLevel(level)
     for name, old in levels.items():
         logging.getLogger(name).setLevel(old)
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Iterator[Cli]:
+    """The command line; what it sets up in this process is undone."""
+    yield Cli(capsys)
     common._verbosity = 0
 
 

@@ -95,6 +95,11 @@ class Corrupt(Fault):
 
 
 @dataclass
+class Chunked(Fault):
+    """The answer comes in chunks, without its length (HTTP)."""
+
+
+@dataclass
 class Answer(Fault):
     """The server is never asked; the client gets this. TCP: `body` alone."""
 
@@ -423,10 +428,18 @@ class _HttpHandler(BaseHTTPRequestHandler):
         for name, value in headers:
             if name.lower() not in ("transfer-encoding", "connection") and (bodyless or name.lower() != "content-length"):
                 self.send_header(name, value)
-        if not bodyless:
+        chunked = [fault for fault in through._faults if isinstance(fault, Chunked)]
+        if chunked:
+            self._proxy._fire(chunked[0])
+            self.send_header("Transfer-Encoding", "chunked")
+        elif not bodyless:
             self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if bodyless:
+            return
+        if chunked:
+            self.wfile.write((b"%x\r\n%s\r\n" % (len(data), data) if data else b"") + b"0\r\n\r\n")
+            self.wfile.flush()
             return
         try:
             for piece in through.pieces(data):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import secrets
@@ -30,6 +31,16 @@ def run(main: Callable[..., Awaitable[T]], *args: Any, clock: trio.abc.Clock | N
             return await main(*args)
 
     return trio.run(bounded, clock=clock)
+
+
+def trio_test(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
+    """An async test, run by `run`."""
+
+    @functools.wraps(test)
+    def wrapped(**fixtures: object) -> None:
+        run(functools.partial(test, **fixtures))
+
+    return wrapped
 
 
 @pytest.fixture(name="run")

@@ -30,6 +30,7 @@ from trio._core import _run as scheduler
 
 import novafs.revisions
 from novafs.asynctools import open_nursery
+from novafs.promptly import Promptly
 
 T = TypeVar("T")
 
@@ -128,6 +129,7 @@ class Simulation:
         self._set(secrets, "randbits", rng.getrandbits)
         self._set(novafs.revisions, "time", SimpleNamespace(CLOCK_BOOTTIME=time.CLOCK_BOOTTIME, clock_gettime=lambda _: self.boot_time_s()))
         self._set(trio.to_thread, "run_sync", self._run_sync)
+        self._set(Promptly, "quick", property(lambda _: False))  # that one measures real time, and starts real threads
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import itertools
 import logging
 import random
 import secrets
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import trio
@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from novafs.cache.base import Frame, Tier, TierStatistics
+from novafs.cache.fill import ONE_OFF, WORTH
 from novafs.cache.memory import MemoryTier
 from novafs.cache.packs import GAP_MAX, RUN_MAX, PackSource, plan_runs
 from novafs.cache.redis import RedisTier, open_l2, pack_value
@@ -27,10 +28,12 @@ from novafs.cache.tiered import ChunkCache
 from novafs.chunk import ChunkId, PackId, Reference, chunk_id
 from novafs.codec import PLAIN_MAX, Codec, encode
 from novafs.errors import BugError, FrameCorruptError, NotFoundError, ObjectNotFoundError, StoreUnavailableError
+from novafs.eviction.base import EvictionPolicy
+from novafs.eviction.lru import LruPolicy
 from novafs.objectstore.client import StoreClient
 from novafs.objectstore.url import create_root, open_store
 from novafs.pack import PackBuilder, pack_name
-from tests.support.fixtures import run
+from tests.support.fixtures import trio_test
 from tests.support.redis_servers import RedisServer
 
 CHUNK = 65536
@@ -99,8 +102,9 @@ class World:
         capacity_bytes: int = 64 << 20,
         l2_codec: Codec = Codec.SNAPPY,
         l2_timeout_s: float = 10,
+        policy: EvictionPolicy | None = None,
     ) -> AsyncIterator[ChunkCache]:
-        l1 = MemoryTier(capacity_bytes=capacity_bytes)
+        l1 = MemoryTier(capacity_bytes=capacity_bytes, policy=policy)
         cache = ChunkCache(l1=l1, l2=l2, l3=self.source, chunk_size=CHUNK, l2_codec=l2_codec, l2_timeout_s=l2_timeout_s, threads=2)
         async with cache.running():
             yield cache
@@ -119,14 +123,6 @@ def l2(redis_unix: RedisServer, volume_id: str, tmp_path: Path) -> Iterator[Redi
     assert isinstance(tier, RedisTier)
     yield tier
     tier.close()
-
-
-def trio_test(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
-    @functools.wraps(test)
-    def wrapped(**fixtures: object) -> None:
-        run(functools.partial(test, **fixtures))
-
-    return wrapped
 
 
 # --- L1 and L3 ----------------------------------------------------------------------------------------------------
@@ -564,26 +560,32 @@ class ScriptedTier:
         self.hold = threading.Event()
         self.hold.set()
         self.error: Exception | None = None
+        self.calls: list[str] = []
 
-    def _pass(self) -> None:
+    def _pass(self, name: str) -> None:
+        self.calls.append(name)
         self.hold.wait(30)
         if self.error is not None:
             raise self.error
 
     def get_many(self, chunk_ids: Sequence[bytes]) -> dict[bytes, Frame]:
-        self._pass()
+        self._pass("get_many")
         return self.inner.get_many(chunk_ids)
 
-    def put_many(self, frames: Mapping[bytes, Frame]) -> None:
-        self._pass()
-        self.inner.put_many(frames)
+    def put_many(self, frames: Mapping[bytes, Frame], chances: Mapping[bytes, float | None] = MappingProxyType({})) -> None:
+        self._pass("put_many")
+        self.inner.put_many(frames, chances)
+
+    def rate_many(self, chances: Mapping[bytes, float | None]) -> None:
+        self._pass("rate_many")
+        self.inner.rate_many(chances)
 
     def contains_many(self, chunk_ids: Sequence[bytes]) -> set[bytes]:
-        self._pass()
+        self._pass("contains_many")
         return self.inner.contains_many(chunk_ids)
 
     def delete_many(self, chunk_ids: Iterable[bytes]) -> None:
-        self._pass()
+        self._pass("delete_many")
         self.inner.delete_many(chunk_ids)
 
     def clear(self) -> None:
@@ -802,3 +804,132 @@ async def test_many_readers_of_a_small_cache_always_get_the_right_bytes(world: W
         statistics = cache.statistics()
         assert statistics.l2_traffic.hits > 0
         assert statistics.l2_traffic.corruptions == statistics.l3_traffic.corruptions == 0
+
+
+# --- between the tiers --------------------------------------------------------------------------------------------
+
+
+class SayingPolicy(LruPolicy):
+    """An LRU that says what a test has it say of chunks."""
+
+    rates = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: dict[bytes, float] = {}
+        self.batches: list[int] = []
+
+    def chances(self, keys: Sequence[bytes]) -> list[float | None]:
+        self.batches.append(len(keys))
+        return [self.said.get(key) for key in keys]
+
+
+def scores_of(server: RedisServer, l2: RedisTier, ids: Iterable[bytes]) -> dict[bytes, float]:
+    """What the indexes on the server have for chunks."""
+    found: dict[bytes, float] = {}
+    with server.client() as client:
+        for shard in l2._shards:
+            found |= {member[:32]: score for member, score in client.zrange(shard.index, 0, -1, withscores=True)}
+    return {chunk_id: found[chunk_id] for chunk_id in ids}
+
+
+@redis
+@trio_test
+async def test_a_read_from_l3_that_is_called_one_off_does_not_enter_l2(world: World, l2: RedisTier) -> None:
+    policy = SayingPolicy()
+    plains = [noise() for _ in range(12)]
+    references = await world.pack(plains)
+    ids = [id_of(plain) for plain in plains]
+    policy.said = {**dict.fromkeys(ids[:4], ONE_OFF - 0.01), **dict.fromkeys(ids[4:8], ONE_OFF + 0.01)}
+    async with world.cache(l2, policy=policy) as cache:
+        assert await cache.fetch(references) == plains
+        await cache.wait_idle()
+        assert l2.contains_many(ids) == set(ids[4:])
+        assert all(cache.l1.contains(chunk_id) for chunk_id in ids)
+        fill = cache.statistics().fill
+        assert (fill.one_offs, fill.admissions, fill.l3_promotions, fill.l2_promotions, fill.fills) == (4, 8, 12, 0, 8)
+        assert max(policy.batches) == 12, "asked for all of them at once"
+
+
+@redis
+@trio_test
+async def test_an_own_write_enters_l2_whatever_is_said_of_it(world: World, l2: RedisTier) -> None:
+    policy = SayingPolicy()
+    plain = noise()
+    policy.said = {id_of(plain): 0.0}
+    async with world.cache(l2, policy=policy) as cache:
+        cache.add(id_of(plain), plain)
+        await cache.wait_idle()
+        assert l2.contains_many([id_of(plain)])
+        fill = cache.statistics().fill
+        assert (fill.one_offs, fill.admissions, fill.fills) == (0, 0, 1)
+
+
+@redis
+@trio_test
+async def test_a_victim_of_l1_enters_l2_where_it_is_worth_a_place(world: World, l2: RedisTier) -> None:
+    policy = SayingPolicy()
+    plains = [noise() for _ in range(90)]
+    ids = [id_of(plain) for plain in plains]
+    policy.said = {**dict.fromkeys(ids[:5], WORTH - 0.01), **dict.fromkeys(ids[5:10], WORTH + 0.01)}
+    async with world.cache(l2, capacity_bytes=64 * CHUNK, policy=policy) as cache:
+        for number, plain in enumerate(plains):
+            cache.add(ids[number], plain, Frame(Codec.NONE, plain))
+            await cache.wait_idle()
+            if number == 14:
+                l2.clear()
+        assert not any(cache.l1.contains(chunk_id) for chunk_id in ids[:15])
+        assert l2.contains_many(ids[:15]) == set(ids[5:15]), "high ones, and those of which nothing is known"
+        fill = cache.statistics().fill
+        assert (fill.demotions, fill.demotions_refused) == (10, 5)
+
+
+@redis
+@trio_test
+async def test_reads_and_evictions_refresh_the_scores_of_l2(
+    world: World, redis_unix: RedisServer, volume_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("novafs.cache.redis.FLUSH_S", 1000)
+    # One shard: each has a clock of its own.
+    l2 = open_l2(redis_unix.url + "?shards=1", capacity_bytes=64 << 20, volume_id=volume_id, state_dir=tmp_path, timeout_s=10)
+    assert isinstance(l2, RedisTier)
+    policy = SayingPolicy()
+    plains = [noise() for _ in range(3)]
+    ids = [id_of(plain) for plain in plains]
+    others = [noise() for _ in range(40)]
+    references = await world.pack(plains)
+    l2.put_many({secrets.token_bytes(32): Frame(Codec.NONE, b"") for _ in range(60)})
+    l2.put_many({chunk_id: Frame(Codec.NONE, plain) for chunk_id, plain in zip(ids, plains, strict=True)})
+    before = scores_of(redis_unix, l2, ids)
+    policy.said = {ids[0]: 0.9, ids[1]: 0.0}
+    async with world.cache(l2, capacity_bytes=32 * CHUNK, policy=policy) as cache:
+        assert await cache.fetch(references) == plains
+        await cache.wait_idle()
+        l2.flush()
+        after = scores_of(redis_unix, l2, ids)
+        assert after[ids[0]] > after[ids[2]] > after[ids[1]], "likely, unknown, unlikely"
+        assert after[ids[2]] > before[ids[2]], "read, of which nothing is known"
+        assert cache.statistics().fill.l2_promotions == 3
+        policy.said = {ids[1]: 1.0}
+        for plain in others:
+            cache.add(id_of(plain), plain, Frame(Codec.NONE, plain))
+            await cache.wait_idle()
+        assert not any(cache.l1.contains(chunk_id) for chunk_id in ids)
+        l2.flush()
+        last = scores_of(redis_unix, l2, ids)
+        assert last[ids[1]] > after[ids[1]]
+        assert last[ids[2]] == after[ids[2]], "L1's giving it up says nothing of its own"
+        assert cache.statistics().fill.demotions == 0
+    l2.close()
+
+
+@trio_test
+async def test_a_policy_that_rates_nothing_is_not_asked_by_reads_from_l2(world: World) -> None:
+    tier = ScriptedTier(MemoryTier(capacity_bytes=64 << 20))
+    plain = noise()
+    tier.put_many({id_of(plain): Frame(Codec.NONE, plain)})
+    (reference,) = await world.pack([plain])
+    async with world.cache(tier) as cache:
+        assert await cache.fetch([reference]) == [plain]
+        await cache.wait_idle()
+        assert tier.calls == ["put_many", "get_many"]

@@ -237,7 +237,7 @@ def test_a_file_in_the_place_of_the_state_directory_is_wrong_usage(local_volume:
 
 
 def test_a_mount_of_something_else_is_not_asked(tmp_path: Path) -> None:
-    assert stats._state_dir_of_mount("/proc") is None
-    assert stats._state_dir_of_mount(str(tmp_path)) is None
-    assert stats._state_dir_of_mount("s3://bucket/x") is None
+    assert stats.state_dir_of_mount("/proc") is None
+    assert stats.state_dir_of_mount(str(tmp_path)) is None
+    assert stats.state_dir_of_mount("s3://bucket/x") is None
     assert os.path.ismount("/proc")

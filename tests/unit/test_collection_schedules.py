@@ -9,11 +9,13 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import trio
 
 from novafs.bulk import import_stream
 from novafs.catalog import Changes
 from novafs.catalogtree import ROOT_ID, Entry, Kind
 from novafs.errors import LeaseLostError, NotFoundError, NovaError, ObjectNotFoundError, StaleError
+from novafs.fold import FOLD_BYTES
 from novafs.gc import collect
 from novafs.lease import break_lease
 from novafs.packwriter import PacksLostError, UsedPacks
@@ -383,5 +385,51 @@ def test_a_catalog_whose_pages_are_collected_before_it_is_committed(tmp_path: Pa
                 else:
                     with pytest.raises(ObjectNotFoundError):
                         await c.catalog.list((await c.catalog.resolve("many")).node_id)
+
+    run(main)
+
+
+@with_and_without_guard
+def test_a_fold_whose_pack_is_collected_before_a_generation_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, guarded: bool
+) -> None:
+    """semantics: S17."""
+
+    async def nothing_lost(self: UsedPacks) -> list[bytes]:
+        return []
+
+    if not guarded:
+        monkeypatch.setattr(UsedPacks, "lost", nothing_lost)
+
+    async def main() -> None:
+        world = World(tmp_path)
+        with world.running():
+            async with world.host("a", durability="store", writeback__interval="1h") as a, world.host("c") as c:
+                content = dict(CONTENT)
+                await write_image(a, "disk", content)
+                entry = await a.catalog.resolve("disk")
+                image = await a.open_image(entry.node_id)
+                before = len(world.names("packs/"))
+                for number in range(FOLD_BYTES // CHUNK + 1):
+                    index = number % len(CONTENT)
+                    content[index] = pattern(1000 + number)
+                    await image.write(index * CHUNK, content[index])
+                    await image.fsync()
+                while image._fold is None or image._fold.stored is None:
+                    await trio.sleep(0.001)
+                assert len(world.names("packs/")) > before
+                world.sleep(2 * HOUR)  # nobody writes; the pack is young no more, and nothing names it
+                await collect(c, everything=True)
+                world.sleep(2 * HOUR)
+                assert (await collect(c, everything=True)).packs_deleted >= 1
+                content[0] = pattern(2000)
+                await image.write(0, content[0])
+                await image.fsync()
+                await a.close_image(image)
+                if guarded:
+                    assert await read_image(c, "disk") == b"".join(content.values())
+                else:
+                    with pytest.raises(ObjectNotFoundError):
+                        await read_image(c, "disk")
 
     run(main)

@@ -309,6 +309,12 @@ def test_levels_that_the_codec_has_are_taken() -> None:
         assert load(flags={"l3.codec": codec, "l3.codec_level": str(level)}).l3.codec_level == level
 
 
+@pytest.mark.parametrize("text", ["x = " + "[" * 5000, "l1.capacity = " + "9" * 5000])
+def test_a_file_that_the_reader_chokes_on_is_refused_and_no_bug(text: str, tmp_path: Path) -> None:
+    (file := tmp_path / "a.toml").write_text(text)
+    assert refusal(file=file).startswith(f"{file} is no TOML file: ")
+
+
 def test_numbers_and_switches_of_toml_are_taken_as_they_are(tmp_path: Path) -> None:
     text = "dedup = false\n[l1]\ncapacity = 8388608\ndecoded_share = 0\n[l2]\ntimeout = 1\n[store]\nio_timeout = 2.5\nrequests_max = 8\n"
     config = load(file=toml(tmp_path / "a.toml", text))

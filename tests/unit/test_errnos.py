@@ -11,6 +11,7 @@ import trio
 from pyfuse3 import FUSEError
 
 from novafs import errors
+from novafs.latency import LatencyBook
 from novafs_mount.errnos import ERRNOS, answered, errno_of, fuse_error
 
 
@@ -64,6 +65,7 @@ class Object:
     """Something with handlers."""
 
     def __init__(self) -> None:
+        self.latencies = LatencyBook()
         self.error: BaseException | None = None
 
     def describe(self, call: str, arguments: tuple[object, ...]) -> str:

@@ -199,6 +199,9 @@ def test_it_beats_lru_and_says_how() -> None:
     assert f"{quality.in_charge} decides" in quality.in_words()
     assert quality.memory_bytes > 0
     assert quality.cpu_s > 0
+    words = quality.in_words()
+    for part in (f"{quality.in_charge} decides", f"{quality.judged:,} right", "chances off by 0.", "wtinylfu 0.", "s of processor time"):
+        assert part in words
 
 
 def test_chances_tell_the_hot_from_what_streams_by() -> None:
@@ -231,7 +234,7 @@ def test_moving_over_goes_in_slices_and_ends() -> None:
     policy.set_capacity(3000 * CHUNK)
     for number in range(3000):
         policy.insert(key_of(number), CHUNK, place=number)
-    policy.victims(1)
+    named = len(policy.victims(1))
     assert policy._shadows is not None
     policy._shadows.begin("2q")
     policy._take_over()
@@ -242,7 +245,7 @@ def test_moving_over_goes_in_slices_and_ends() -> None:
     for number in range(3000, 3020):
         policy.insert(key_of(number), CHUNK, place=number)
     assert policy._moving is None
-    assert len(policy._main) == len(policy) == 3018
+    assert len(policy._main) == len(policy) == 3019 - named
 
 
 def test_beyond_its_share_of_the_processor_it_is_lru(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,11 +263,13 @@ def test_beyond_its_share_of_the_processor_it_is_lru(monkeypatch: pytest.MonkeyP
     seen = policy._book.now
     key = next(iter(policy._book.held))
     policy.touch_many([key])
+    policy._catch_up()
     assert policy._book.now == seen
     assert next(iter(policy._book.held)) != key
     now = 10_000.0
     assert not policy._over()
     policy.touch_many([key])
+    policy._catch_up()
     assert policy._book.now == seen + 1
 
 
@@ -290,6 +295,7 @@ def test_prefetched_chunks_are_told_apart() -> None:
     slot = policy._book.slot(b"guessed!")
     assert policy._book.unused(slot)
     policy.touch(b"guessed!")
+    policy._catch_up()
     assert not policy._book.unused(slot)
 
 

@@ -14,10 +14,12 @@ from novafs.config import load_config
 from novafs.configkeys import POLICY_NAMES
 from novafs.errors import ConfigError
 from novafs.eviction.base import policy_names
+from novafs.eviction.learned import LearnedPolicy
 from novafs.image import Image
 from novafs.modelstore import model_prefix
 from novafs.volume import Volume
 from tests.support.engine import make_volume, opened
+from tests.support.redis_servers import RedisServer
 
 CHUNK = 64 << 10
 CHUNKS = 400
@@ -85,6 +87,30 @@ def test_the_learned_policy_tells_what_it_does_and_remembers_it(tmp_path: Path, 
         async with opened(url, tmp_path / "b", prefetch=True, **flags) as volume:
             assert volume.models is not None
             assert "eviction" in volume.models.loaded
+
+    trio.run(main)
+
+
+@pytest.mark.redis
+def test_what_moves_between_the_tiers_is_counted_and_l2_keeps_its_capacity(tmp_path: Path, url: str, redis_plain: RedisServer) -> None:
+    async def main() -> None:
+        flags = {"l1__capacity": "16MiB", "l2__capacity": "16MiB", "l1__policy": "learned", "l2__url": redis_plain.url}
+        async with opened(url, tmp_path / "a", prefetch=False, **flags) as volume:
+            policy = volume.cache.l1.policy
+            assert isinstance(policy, LearnedPolicy)
+            policy.limit_cpu(0.0)  # what it decides must not depend on this machine
+            image = await image_of(volume)
+            await reads(volume, image, 8000, 2)
+            await volume.cache.wait_idle()
+            told = volume.statistics()
+            fill, traffic = told["cache"]["fill"], told["cache"]["l2_traffic"]
+            assert told["eviction"]["trainings"] >= 1
+            assert fill["l2_promotions"] == traffic["hits"] > 0
+            assert fill["l3_promotions"] == told["cache"]["l3_traffic"]["hits"]
+            assert fill["admissions"] + fill["one_offs"] + fill["dropped"] >= fill["l3_promotions"]
+            assert told["cache"]["l2"]["used_bytes"] <= 16 << 20
+            assert told["cache"]["l2"]["errors"] == 0
+            await volume.close_image(image)
 
     trio.run(main)
 

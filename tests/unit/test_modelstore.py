@@ -35,4 +35,4 @@ def test_a_slow_save_of_models_is_no_failed_commit(tmp_path: Path, monkeypatch: 
 def test_an_eviction_model_of_a_newer_version_is_left_alone() -> None:
     record = ForestRecord(1, 1, 0.0, b"", b"", b"", b"", b"")
     with pytest.raises(NewerFormatError):
-        modelstore._merged(modelstore.EVICTION, seal(KIND, VERSION, record), seal(KIND, VERSION + 1, record))
+        modelstore.merge_saved(modelstore.EVICTION, seal(KIND, VERSION, record), seal(KIND, VERSION + 1, record))

@@ -22,7 +22,7 @@ DEFAULT = Scenario()
 EAGER = Scenario(prefetch="eager")
 
 
-def boot(engine: PrefetchEngine, image: int, order: list[int]) -> list[int]:
+def boot(engine: PrefetchEngine, image: int, order: list[int], *, sparing: bool = False) -> list[int]:
     """Open an image, read it in this order with everything fetched at once; the indexes that had to be waited for."""
     engine.opened(image)
     held: set[int] = set()
@@ -32,7 +32,7 @@ def boot(engine: PrefetchEngine, image: int, order: list[int]) -> list[int]:
         if not hit:
             missed.append(index)
             held.add(index)
-        engine.observe(access(index, image=image, hit=hit))
+        engine.observe(access(index, image=image, hit=hit), sparing=sparing)
         for fetch in engine.take(1000):
             found = fetch.place & ((1 << INDEX_BITS) - 1)
             assert fetch.place >> INDEX_BITS == image
@@ -66,6 +66,18 @@ def test_a_clone_on_another_host_profits_from_what_was_saved() -> None:
         book=ProfileBook.from_bytes(here.book.to_bytes(), "models/boot", chunk_size=65536),
     )
     assert boot(there, 7, order) == [0]
+
+
+def test_above_the_cpu_budget_a_replayed_boot_is_counted_and_teaches_the_sources_nothing() -> None:
+    order = [0, *random.Random(6).sample(range(1, 30_000), 200)]
+    here = PrefetchEngine(capacity_chunks=1000)
+    boot(here, 1, order)
+    candidates, pairs = here.statistics().candidates, len(here.table.to_bytes())
+    assert boot(here, 2, order, sparing=True) == [0]
+    after = here.statistics()
+    assert len(here.table.to_bytes()) == pairs
+    assert after.candidates - candidates < 10, "of the first access, which was a miss"
+    assert after.sources["profile"].used == 200
 
 
 def test_a_profile_of_another_image_with_the_same_first_chunk_is_not_replayed() -> None:
@@ -221,7 +233,7 @@ def test_skimmed_hits_keep_a_chunk_young_and_cost_no_candidates() -> None:
         engine.observe(access(index))
     before = engine.statistics().candidates
     for _ in range(100):
-        engine.skim(access(7, hit=True))
+        engine.skim(access(7).place, bytes(32))
     assert engine.statistics().candidates == before
     assert engine.statistics().accesses == 150
 

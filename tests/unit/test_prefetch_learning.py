@@ -185,13 +185,14 @@ def test_a_prefetch_that_was_overdue_and_then_used_costs_nothing_in_the_end() ->
     assert dropped.describe() == before
 
 
-def test_nothing_less_likely_than_what_it_displaces_is_worth_fetching() -> None:
+def test_a_prefetch_must_be_likelier_to_win_than_its_place_is_worth() -> None:
+    """Only an unused one keeps its place: chance / (1 - chance) against what the place would have won, and half as much again."""
     governor = Governor(accuracy_target=0.85, aggression=1.0, traffic_max=10.0)
     governor.update(1000.0, 500.0, 0.0)
     low = governor.threshold
     governor.update(1000.0, 500.0, 0.4)
     assert low < governor.threshold
-    assert logistic(governor.threshold) == pytest.approx(0.6, abs=0.01)
+    assert logistic(governor.threshold) == pytest.approx(0.6 / 1.6, abs=0.01)
 
 
 def test_the_shadow_counts_as_an_lru_does_and_samples_when_large() -> None:

@@ -190,8 +190,8 @@ def test_noted_accesses_are_bounded(tier: RedisTier) -> None:
     tier.put_many(frames)
     tier._wake.set = lambda: None  # type: ignore[method-assign] # nobody fetches them
     for chunk_id in frames:
-        tier._touches[chunk_id] = 26
-    tier._touches.update({new_id(): 26 for _ in range(TOUCHES_MAX - len(tier._touches))})
+        tier._touches[chunk_id] = 0.0
+    tier._touches.update({new_id(): 0.0 for _ in range(TOUCHES_MAX - len(tier._touches))})
     more = frames_of(50, 10)
     tier.put_many(more)
     tier.get_many(list(more))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,9 +23,11 @@ from novafs.errors import (
 )
 from novafs.objectstore import s3errors
 from novafs.objectstore.base import ObjectStore
+from novafs.objectstore.s3 import S3Store
+from novafs.objectstore.s3direct import FAILURES_MAX
 from novafs.objectstore.url import StoreOptions, create_root, open_store
 from tests.support.ceph import Ceph, Credentials
-from tests.support.fault_proxy import Answer, Cut, Fault, Hold, HttpFaultProxy, LoseAnswer, Reset
+from tests.support.fault_proxy import Answer, Chunked, Cut, Fault, Hold, HttpFaultProxy, LoseAnswer, Reset
 from tests.support.fixtures import BUCKET
 
 CALLS: dict[str, Callable[[ObjectStore], object]] = {
@@ -253,13 +257,129 @@ def test_a_listing_that_goes_on_without_a_token_goes_on_after_its_last_name(
         {"Content-Range": "bytes 5-24/256000"},
         {"Content-Range": "bytes 5-9/256000"},
         {"Content-Range": "nonsense"},
+        {},
     ],
-    ids=["other start", "too long", "too short", "no range"],
+    ids=["other start", "too long", "too short", "no range", "none"],
 )
 def test_an_answer_for_another_range_than_asked_for_is_refused(store: ObjectStore, proxy: HttpFaultProxy, headers: dict[str, str]) -> None:
     proxy.script(Answer(method="GET", status=206, body=bytes(10), headers={"ETag": '"x"', **headers}))
     with pytest.raises(StoreUnavailableError, match="reading a"):
         store.get("a", 5, 10)
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("quick", [True, False], ids=["direct", "SDK"])
+def test_a_part_is_never_taken_for_the_rest(store: ObjectStore, proxy: HttpFaultProxy, quick: bool) -> None:
+    assert isinstance(store, S3Store)
+    if not quick:
+        store._direct = None
+    parts = [(5, 10, "bytes 5-9/256000", 5), (5, None, "bytes 5-9/256000", 5), (0, None, "bytes 0-9/256000", 10), (0, None, "", 10)]
+    for start, length, content_range, size in parts:
+        headers = {"Content-Range": content_range} if content_range else {}
+        proxy.script(Answer(method="GET", status=206, body=bytes(size), headers={**TAG, **headers}))
+        with pytest.raises(StoreUnavailableError, match="reading a"):
+            store.get("a", start, length)
+    assert store.get("a", 255_999, 10) == b"\xff"
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("quick", [True, False], ids=["direct", "SDK"])
+def test_what_a_proxy_has_compressed_is_no_damaged_object(store: ObjectStore, proxy: HttpFaultProxy, quick: bool) -> None:
+    assert isinstance(store, S3Store)
+    if not quick:
+        store._direct = None
+    proxy.script(Answer(method="GET", status=200, body=gzip.compress(b"x"), headers={**TAG, "Content-Encoding": "gzip"}))
+    with pytest.raises(StoreUnavailableError, match="proxies"):
+        store.get("a")
+
+
+@pytest.mark.s3
+def test_answers_without_a_length_count(store: ObjectStore, proxy: HttpFaultProxy) -> None:
+    """A create that has succeeded is not asked for again, which would say that the name is taken."""
+    proxy.script(Chunked(times=None))
+    for _ in range(4):
+        assert len(store.get("a")) == 256_000
+        store.create(f"c/{secrets.token_hex(8)}", b"x")
+    assert proxy.count("PUT", "/c/") == 4
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("operation", ["get", "create"])
+def test_no_answer_is_waited_for_once(ceph_rgw: Ceph, proxy: HttpFaultProxy, s3_prefix: str, operation: str) -> None:
+    hold = Hold(times=None)
+    proxy.script(hold)
+    store = open_store(ceph_rgw.volume_url(BUCKET, s3_prefix, endpoint=proxy.endpoint), options=StoreOptions(read_timeout_s=0.2))
+    with pytest.raises(StoreUnavailableError, match="timeout"):
+        CALLS[operation](store)
+    assert len(proxy.seen) == 1
+    hold.release()
+    store.close()
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize(("operation", "method"), [("get", "GET"), ("create", "PUT")])
+def test_a_store_that_is_overloaded_is_not_asked_twice(store: ObjectStore, proxy: HttpFaultProxy, operation: str, method: str) -> None:
+    before = proxy.count(method)
+    proxy.script(Answer(503, xml("SlowDown"), method=method))
+    with pytest.raises(StoreUnavailableError, match="SlowDown"):
+        CALLS[operation](store)
+    assert proxy.count(method) == before + 1
+
+
+@pytest.mark.s3
+def test_requests_spare_the_sdk_again_some_time_after_they_were_refused(store: ObjectStore, proxy: HttpFaultProxy) -> None:
+    assert isinstance(store, S3Store)
+    asked: list[str] = []
+    store._client().meta.events.register("before-call.s3", lambda model, **_: asked.append(model.name))
+    proxy.script(Answer(403, xml("ExpiredToken"), method="GET", times=2 * FAILURES_MAX))
+    for _ in range(FAILURES_MAX):
+        with pytest.raises(StoreDeniedError):
+            store.get("a")
+    del asked[:]
+    assert store._direct is not None
+    assert (len(store.get("a")), asked) == (256_000, ["GetObject"])
+    store._direct._rests_until_s = 0
+    assert (len(store.get("a")), asked) == (256_000, ["GetObject"])
+
+
+@pytest.mark.s3
+def test_a_sessions_token_goes_along(ceph_rgw: Ceph, proxy: HttpFaultProxy, s3_prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = ceph_rgw.volume_url(BUCKET, s3_prefix, endpoint=proxy.endpoint)
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "of-this-session")
+    proxy.script(Answer(status=200, body=b"x", headers=TAG, times=2))
+    store = open_store(url)
+    assert store.get("a") == b"x"
+    store.create("a", b"x")
+    for seen in proxy.seen:
+        assert seen.headers["x-amz-security-token"] == "of-this-session"
+        assert "x-amz-security-token" in seen.headers["authorization"]
+    store.close()
+
+
+def test_credentials_that_come_expired_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"Version": 1, "AccessKeyId": "a", "SecretAccessKey": "b", "SessionToken": "t", "Expiration": "2020-01-01T00:00:00Z"}
+    (tmp_path / "given").write_text(json.dumps(given))
+    (tmp_path / "config").write_text(f"[profile role]\ncredential_process = cat {tmp_path / 'given'}\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    for call in CALLS.values():
+        store = S3Store("s3://", "bucket", endpoint="http://127.0.0.1:1", profile="role")
+        with pytest.raises(StoreDeniedError, match="renew"):
+            call(store)
+    with pytest.raises(StoreDeniedError, match="renew"):
+        store.renew()
+    (tmp_path / "config").write_text("")
+    with pytest.raises(ConfigError, match="role"):
+        store.renew()
+
+
+@pytest.mark.parametrize(("region", "host"), [("eu-central-1", "s3.eu-central-1.amazonaws.com"), ("us-east-1", "s3.amazonaws.com")])
+def test_requests_go_to_the_buckets_own_region(monkeypatch: pytest.MonkeyPatch, region: str, host: str) -> None:
+    use(monkeypatch, Credentials("nobody", "nothing"))
+    store = S3Store("s3://", "bucket", region=region)
+    store._client()
+    assert store._direct is not None
+    assert (store._direct._base, store._direct._region) == (f"https://bucket.{host}/", region)
+    store.close()
 
 
 @pytest.mark.s3

@@ -1,0 +1,73 @@
+"""4 KiB random O_DIRECT reads over an image eight times as large as L1: what prefetch costs where it can not help.
+
+    python -m tests.bench.random_reads [--rounds 5] [--seconds 4] [--json]
+
+Two mounts of one volume in a local directory, one with prefetch and one without, take turns; each round gives one ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+
+import trio
+
+from tests.bench.boot_replay import stats
+from tests.support.engine import make_volume
+from tests.support.mounted import running
+
+L1 = "64MiB"
+IMAGE_BYTES = 512 << 20
+
+
+def fio(path: Path, seconds: float) -> float:
+    """IOPS of one reader at depth 1."""
+    options = ["--rw=randread", "--bs=4k", "--direct=1", "--ioengine=psync", f"--runtime={seconds}", "--time_based", "--output-format=json"]
+    done = subprocess.run(["fio", "--name=r", f"--filename={path}", "--readonly", *options], capture_output=True, text=True, check=True)
+    return float(json.loads(done.stdout)["jobs"][0]["read"]["iops"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=4)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as name, ExitStack() as stack:
+        directory = Path(name)
+        url = f"file://{directory / 'store'}"
+        trio.run(lambda: make_volume(url))
+        paths: dict[str, Path] = {}
+        for kind in ("on", "off"):
+            flags = ("--l1-capacity", L1, "--l2-url", "none", "--set", f"prefetch.enabled={'true' if kind == 'on' else 'false'}")
+            mount = stack.enter_context(running(url, directory / kind, directory / f"state-{kind}", *flags))
+            paths[kind] = mount.path
+        with (paths["on"] / "disk.raw").open("wb") as file:
+            for _ in range(IMAGE_BYTES >> 20):
+                file.write(os.urandom(1 << 20))
+        rounds = []
+        for _ in range(arguments.rounds):
+            rounds.append({kind: fio(path / "disk.raw", arguments.seconds) for kind, path in paths.items()})
+        prefetch = stats(paths["on"])["prefetch"]
+    result = {
+        "ratio": statistics.median(one["on"] / one["off"] for one in rounds),
+        "rounds": rounds,
+        **{key: prefetch[key] for key in ("policy_cpu_s", "process_cpu_s")},
+    }
+    if arguments.json:
+        print(json.dumps(result))
+        return
+    for one in rounds:
+        print(f"prefetch on {one['on']:6.0f} IOPS, off {one['off']:6.0f}, ratio {one['on'] / one['off']:.3f}")
+    share = result["policy_cpu_s"] / result["process_cpu_s"]
+    print(f"median ratio {result['ratio']:.3f}; policy work {share:.1%} of the CPU time of the mount with prefetch")
+
+
+if __name__ == "__main__":
+    main()
