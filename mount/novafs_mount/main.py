@@ -52,7 +52,7 @@ from novafs_mount.filesystem import NovaOperations
 from novafs_mount.invalidate import Invalidator
 from novafs_mount.mountpoint import Unmounted
 from novafs_mount.sdnotify import Notifier
-from novafs_mount.supervision import Reporter, answers, watch
+from novafs_mount.supervision import Reporter, answers, keep_opening, watch
 
 if TYPE_CHECKING:
     from novafs.config import Config
@@ -149,10 +149,13 @@ class _Daemon:
         with trio.open_signal_receiver(*_ENDING, signal.SIGHUP) as signals:
             async with self._status_port(), open_nursery() as nursery:
                 nursery.start_soon(self._watch_signals, signals, nursery)
+                keeping = trio.CancelScope()
+                nursery.start_soon(self._keep_opening, keeping)
                 with self._opening:
                     async with open_volume(
                         self._config, read_only=self._options.read_only, owns_state=True, prefetch=True, events=self._board.events
                     ) as volume:
+                        keeping.cancel()
                         self._reloader.volume = volume
                         self._board.opened(volume)
                         await self._mount(volume, nursery)
@@ -161,6 +164,10 @@ class _Daemon:
                     log.info("stopped before %s was mounted", self._path)
                 nursery.cancel_scope.cancel()
         return self._status
+
+    async def _keep_opening(self, scope: trio.CancelScope) -> None:
+        with scope:
+            await keep_opening(self._notifier)
 
     async def _watch_signals(self, signals: AsyncIterator[int], nursery: trio.Nursery) -> None:
         leaving = False

@@ -34,7 +34,7 @@ REPORT_S: Final = 5.0
 END_REPORT_S: Final = 1.0
 END_LOG_S: Final = 10.0
 EXTEND_S: Final = 90.0
-"""What the end may take from each report on: longer than `Volume` waits for a store that does not answer."""
+"""What opening and the end may take from each report on: longer than `Volume` waits for a store that does not answer."""
 _GONE: Final = (errno.ENOTCONN, errno.ECONNABORTED)
 
 
@@ -63,6 +63,17 @@ async def watch(path: Path, notifier: Notifier) -> None:
             told = True
             log.error("%s: the mount does not answer any more: systemd restarts it within %s", path, format_duration(notifier.watchdog_s))
         await trio.sleep(notifier.watchdog_s / 3)
+
+
+async def keep_opening(notifier: Notifier) -> None:
+    """Have systemd wait while the volume is opened, until cancelled: a long journal that is replayed must not be cut off, to begin anew.
+
+    Each request to a store that is away fails in its time, so opening ends by itself; what hangs all the same keeps the event loop from
+    turning, and this from going on.
+    """
+    while True:
+        notifier.extend(EXTEND_S)
+        await trio.sleep(EXTEND_S / 3)
 
 
 class Reporter:

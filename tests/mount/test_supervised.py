@@ -87,6 +87,7 @@ def test_ready_means_that_the_mount_answers_and_the_end_that_everything_is_store
         manager.wait("READY=1")
         assert os.listdir(mount.path) == []
         assert any(line.startswith("STATUS=opening web") for line in manager.heard)
+        assert any(line.startswith("EXTEND_TIMEOUT_USEC=") for line in manager.heard)
         assert f"STATUS=serving {mount.path}: 0 files open; everything stored" in manager.heard
         fd = os.open(mount.path / "a.raw", os.O_WRONLY | os.O_CREAT)
         os.write(fd, b"x" * (3 << 20))
