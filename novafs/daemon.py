@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import signal
 import sys
 import threading
@@ -20,6 +21,8 @@ from typing import NamedTuple, NoReturn
 
 from novafs.errors import AccessDeniedError, BugError
 
+LOOK_S = 0.2
+"""How often a caller that waits for its daemon looks for signals."""
 LOG_BYTES_MAX = 16 << 20
 """A log that is longer than this when a daemon starts becomes `mount.log.1`: two of them are the most that is kept."""
 
@@ -152,6 +155,9 @@ def _wait(reader: int, log: Path, mask: set[int | signal.Signals]) -> Started:
         pid = int(json.loads(first)["pid"]) if first.endswith(b"\n") else 0
         try:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            # A signal that comes just before a read blocks is seen only after it: so no wait here is long.
+            while not select.select([pipe], [], [], LOOK_S)[0]:
+                pass
             rest = pipe.read()
         except KeyboardInterrupt:
             if pid:
