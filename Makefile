@@ -8,8 +8,9 @@ STAMP := $(VENV)/.installed
 SOURCES := novafs mount/novafs_mount tests
 
 # Fast ones first: a mistake shows in seconds. `make test TESTS=tests/unit` runs a part (and then demands no coverage of the whole).
-ALL_TESTS := tests/unit tests/property tests/contract tests/integration tests/crash tests/mount tests/e2e
-TESTS ?= $(ALL_TESTS)
+FIRST_TESTS := tests/unit tests/property tests/contract
+SECOND_TESTS := tests/integration tests/crash tests/mount tests/e2e
+TESTS ?= $(FIRST_TESTS) $(SECOND_TESTS)
 PYTEST_ARGS ?=
 
 export PYTHON
@@ -29,7 +30,7 @@ demo-clean: ## unmount the demo and delete ./demo-data
 	@tools/demo.sh clean
 
 test: deps-test $(STAMP) ## all tests, with coverage; installs what they need
-	@tools/test.sh "$(TESTS)" "$(ALL_TESTS)" $(PYTEST_ARGS)
+	@tools/test.sh "$(TESTS)" "$(FIRST_TESTS)" "$(SECOND_TESTS)" $(PYTEST_ARGS)
 
 # Kills of a mounted daemon, and how often the ordinary number of crash workloads: an hour or so. docs/testing.md, "Torture".
 KILLS ?= 2000

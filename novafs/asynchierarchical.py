@@ -12,27 +12,31 @@ What is promised:
 - **Changes of this process are seen at once**; those of others within `fresh_s`.
 - **A time-out is exact**: a value whose time is over is gone for every call here, although only a collection takes it away.
 - Everything here runs on one trio thread, and what stands between two awaits is atomic.
+- **Closing is orderly from anywhere**: `aclose`, in whatever task or nursery, takes no more calls, lets those that run end, and then
+  closes. (The engine runs in a system task of its own: trio does not survive nurseries that are left in another order than entered.)
 
 Views of what was read last are kept open, so a value that is in L1 and was looked up within `fresh_s` is given without a request.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import heapq
 import itertools
 import logging
-import math
 import os
 import shutil
 import time
+import weakref
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Concatenate, Final, ParamSpec, Self, TypeVar
 
 import trio
 
@@ -46,6 +50,7 @@ from novafs.config import Config
 from novafs.control import ControlServer
 from novafs.errors import (
     BucketMissingError,
+    BugError,
     BusyError,
     ClosedError,
     ConfigError,
@@ -72,8 +77,15 @@ from novafs.warming import WarmCounts, chunks_of, cut, warm_chunks
 
 log = logging.getLogger(__name__)
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 VIEWS_MAX: Final = 128
 """Values that stay open after they were read."""
+END_S: Final = 60.0
+"""How long `aclose` lets calls run on."""
+TTL_S_MAX: Final = 1e15
+"""Thirty million years: sums of times stay exact to the second."""
 AT_ONCE: Final = 16
 """Values that one call reads at the same time, and groups of them that it stores."""
 GROUP_BYTES: Final = 8 << 20
@@ -142,6 +154,11 @@ class AsyncPrefetchTicket:
         """Fetch no more of it."""
         self.cancelled = True
 
+    def give_up(self) -> None:
+        """The cache was closed: nothing more comes."""
+        self.cancelled = True
+        self._over.set()
+
     def key_done(self, key: str, *, found: bool) -> None:
         """One key is over, for whoever works on it."""
         if found:
@@ -166,6 +183,35 @@ class _Job:
         self.total = WarmCounts()
 
 
+def _counted(
+    method: Callable[Concatenate[AsyncHierarchicalCache, P], Awaitable[R]],
+) -> Callable[Concatenate[AsyncHierarchicalCache, P], Coroutine[Any, Any, R]]:
+    """A method that is a call of its own (`AsyncHierarchicalCache.call`)."""
+
+    @functools.wraps(method)
+    async def counted(self: AsyncHierarchicalCache, /, *arguments: P.args, **keywords: P.kwargs) -> R:
+        with self.call():
+            return await method(self, *arguments, **keywords)
+
+    return counted
+
+
+class _Running:
+    """The engine of an open cache: the task that it runs in, seen from outside. error: what that ended by."""
+
+    def __init__(self) -> None:
+        self.opened = trio.Event()
+        """It is open, or failed to be."""
+        self.close = trio.Event()
+        self.over = trio.Event()
+        self.scope = trio.CancelScope()
+        self.error: Exception | None = None
+        self.closing = False
+        self.calls = 0
+        self.quiet = trio.Event()
+        """Set by the last call that ends, once somebody closes."""
+
+
 class _View:
     """One generation of a value, open. users: who reads it at this moment."""
 
@@ -187,13 +233,14 @@ class AsyncHierarchicalCache:
         self.config = config if config is not None else CacheConfig.default()
         self._place: Place | None = None
         self._given = volume
-        self._stack: AsyncExitStack | None = None
+        self._running: _Running | None = None
         self._volume: Volume
         self._nursery: trio.Nursery
         self._keys: KeyPrefetcher
         self._views: OrderedDict[bytes, _View] = OrderedDict()
         self._counts = KeyCounts()
         self._queue: list[tuple[int, int, _Job]] = []
+        self._tickets: weakref.WeakSet[AsyncPrefetchTicket] = weakref.WeakSet()
         self._order = itertools.count()
         self._wake = trio.Event()
         self.lock: StateLock | None = None
@@ -202,41 +249,90 @@ class AsyncHierarchicalCache:
     # --- opening and closing ------------------------------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
-        if self._stack is not None:
+        if self._running is not None:
             raise BusyError("this cache is open already: make another object for another use")
-        async with AsyncExitStack() as stack:
-            place = self._place = find_place(self._given)
-            if place.temporary is not None:
-                stack.callback(shutil.rmtree, place.temporary, ignore_errors=True)
-            config = await trio.to_thread.run_sync(self.config.load, place)
-            self.config.chunk_size_bytes  # noqa: B018 - before anything is made
-            if not self.config.read_only:
-                self.lock = await trio.to_thread.run_sync(_take_lock, config)
-                stack.callback(self.lock.release)
-            self._volume = await stack.enter_async_context(self._opened(config))
-            self._check_chunk_size()
-            self._nursery = await stack.enter_async_context(open_nursery())
-            stack.callback(self._nursery.cancel_scope.cancel)
-            self._keys = KeyPrefetcher(self.config, self._volume)
-            await self._keys.load()
-            stack.push_async_callback(self._end)
-            self._nursery.start_soon(self._keys.run)
-            for _ in range(PREFETCHERS):
-                self._nursery.start_soon(self._prefetch_forever)
-            if self.lock is not None:
-                await self._serve(config)
-            self._stack = stack.pop_all()
+        running = self._running = _Running()
+        trio.lowlevel.spawn_system_task(self._run, running)
+        try:
+            await running.opened.wait()
+        except BaseException:
+            running.scope.cancel()
+            with trio.CancelScope(shield=True):  # ends when opening does, which has time-outs of its own
+                await running.over.wait()
+            self._running = None
+            raise
+        if running.error is not None:
+            self._running = None
+            raise running.error
         return self
+
+    async def _run(self, running: _Running) -> None:
+        """The engine, from its beginning to its end."""
+        try:
+            with running.scope:
+                async with AsyncExitStack() as stack:
+                    await self._start(stack)
+                    running.opened.set()
+                    await running.close.wait()
+        except Exception as error:
+            running.error = error
+        finally:
+            self._queue.clear()
+            for ticket in list(self._tickets):
+                ticket.give_up()
+            running.over.set()
+            running.opened.set()
+
+    async def _start(self, stack: AsyncExitStack) -> None:
+        place = self._place = find_place(self._given)
+        if place.temporary is not None:
+            stack.callback(shutil.rmtree, place.temporary, ignore_errors=True)
+        config = await trio.to_thread.run_sync(self.config.load, place)
+        self.config.chunk_size_bytes  # noqa: B018 - before anything is made
+        if not self.config.read_only:
+            self.lock = await trio.to_thread.run_sync(_take_lock, config)
+            stack.callback(self._give_lock_back, self.lock)
+        self._volume = await stack.enter_async_context(self._opened(config))
+        self._check_chunk_size()
+        self._nursery = await stack.enter_async_context(open_nursery())
+        stack.callback(self._nursery.cancel_scope.cancel)
+        self._keys = KeyPrefetcher(self.config, self._volume)
+        await self._keys.load()
+        stack.push_async_callback(self._end)
+        self._nursery.start_soon(self._keys.run)
+        for _ in range(PREFETCHERS):
+            self._nursery.start_soon(self._prefetch_forever)
+        if self.lock is not None:
+            await self._serve(config)
+
+    def _give_lock_back(self, lock: StateLock) -> None:
+        self.lock = None
+        lock.release()
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Commit what is left to be committed, keep what was learned, and give everything back. Again does nothing."""
-        stack, self._stack = self._stack, None
-        if stack is not None:
-            await stack.aclose()
-            self.lock = None
+        """Let calls that run end, commit what is left to be committed, keep what was learned, and give everything back. Again does nothing.
+
+        From any task. Raises what the engine ended by.
+        """
+        running = self._running
+        if running is None:
+            return
+        running.closing = True
+        try:
+            with trio.move_on_after(END_S):
+                if running.calls:
+                    await running.quiet.wait()
+        finally:
+            running.close.set()
+            with trio.CancelScope(shield=True):  # the volume's own end has a deadline
+                await running.over.wait()
+            if self._running is running:
+                self._running = None
+        if running.error is not None:
+            raise running.error
 
     async def _end(self) -> None:
         for view in list(self._views.values()):
@@ -289,12 +385,31 @@ class AsyncHierarchicalCache:
     @property
     def closed(self) -> bool:
         """Whether it takes no calls."""
-        return self._stack is None
+        return self._running is None or self._running.closing or self._running.over.is_set()
+
+    @property
+    def ended(self) -> bool:
+        """Whether there is nothing left to give anything back to."""
+        return self._running is None or self._running.close.is_set()
 
     def _check_open(self) -> Volume:
-        if self._stack is None:
-            raise ClosedError(f"the cache of {self._given if self._given is not None else 'a temporary volume'} is closed")
+        if self.closed:
+            error = self._running.error if self._running is not None else None
+            raise ClosedError(f"the cache of {self._given if self._given is not None else 'a temporary volume'} is closed") from error
         return self._volume
+
+    @contextlib.contextmanager
+    def call(self) -> Iterator[Volume]:
+        """A call that is under way: `aclose` waits for its end. Raises ClosedError."""
+        volume, running = self._check_open(), self._running
+        assert running is not None  # else it is closed
+        running.calls += 1
+        try:
+            yield volume
+        finally:
+            running.calls -= 1
+            if running.closing and not running.calls:
+                running.quiet.set()
 
     @property
     def volume_url(self) -> str:
@@ -303,6 +418,7 @@ class AsyncHierarchicalCache:
 
     # --- reading ----------------------------------------------------------------------------------------------
 
+    @_counted
     async def get(self, key: str, default: bytes | None = None, *, stream: int = 0) -> bytes | None:
         """The value, `default` where there is none. Raises TooLargeError beyond `value_max` (`open` reads such), IsDirectoryError.
 
@@ -344,17 +460,19 @@ class AsyncHierarchicalCache:
                     raise
         raise AssertionError  # count() has no end
 
+    @_counted
     async def contains(self, key: str) -> bool:
         """Whether there is a value."""
         parts = check_key(key)
         self._check_open()
         return await self._find(parts, directories=True) is not None
 
+    @_counted
     async def get_multi(self, keys: Iterable[str], *, stream: int = 0) -> dict[str, bytes]:
         """The values of those keys that have one."""
         began_s = time.perf_counter()
         self._check_open()
-        wanted = {key: check_key(key) for key in keys}
+        wanted = {key: check_key(key) for key in listed(keys)}
         found: dict[str, bytes | None] = {}
         slots = trio.CapacityLimiter(AT_ONCE)
 
@@ -377,26 +495,38 @@ class AsyncHierarchicalCache:
         self._note("get_multi", began_s)
         return values
 
+    @_counted
     async def size(self, key: str) -> int | None:
         """Bytes of the value, None where there is none."""
         parts = check_key(key)
         self._check_open()
-        entry = await self._find(parts)
-        if entry is None:
-            return None
-        view = await self._view(entry, parts)
-        try:
-            return view.image.size
-        finally:
-            await self._leave_view(view)
+        for tried in itertools.count():
+            entry = await self._find(parts, max_age_s=0.0 if tried else None)
+            if entry is None:
+                return None
+            try:
+                view = await self._view(entry, parts)
+            except NotFoundError:  # replaced or removed elsewhere, and collected, since the catalog was looked at
+                if tried + 1 >= TRIES_MAX:
+                    raise
+                continue
+            try:
+                return view.image.size
+            finally:
+                await self._leave_view(view)
+        raise AssertionError  # count() has no end
 
+    @_counted
     async def keys(self, prefix: str = "") -> list[str]:
         """The keys that begin with `prefix`, sorted."""
         volume = self._check_open()
+        if not isinstance(prefix, str):
+            raise ConfigError(f"prefix: found {prefix!r:.80}; expected a text that keys begin with")
         await volume.catalog.refresh(self.config.fresh_s)
         found = [volume.catalog.path_of(entry) async for entry in self._values(volume)]
         return sorted(key for key in found if key.startswith(prefix))
 
+    @_counted
     async def count(self) -> int:
         """How many keys there are."""
         volume = self._check_open()
@@ -469,6 +599,7 @@ class AsyncHierarchicalCache:
 
     # --- writing ----------------------------------------------------------------------------------------------
 
+    @_counted
     async def set(self, key: str, data: bytes | bytearray | memoryview, ttl: float | None = None) -> None:
         """Make `data` the value of `key`, in place of what it was. ttl: seconds that it lasts, None for good.
 
@@ -477,6 +608,7 @@ class AsyncHierarchicalCache:
         """
         await self._store({key: data}, ttl, "set")
 
+    @_counted
     async def set_multi(self, values: Mapping[str, bytes | bytearray | memoryview], ttl: float | None = None) -> None:
         """`set` of all of them, at once: a reader finds all the old or all the new names. (Files with snapshots follow one by one.)"""
         await self._store(values, ttl, "set_multi")
@@ -486,7 +618,7 @@ class AsyncHierarchicalCache:
         volume = self._check_open()
         volume.check_writable()
         expires_s = _expiry(ttl)
-        wanted = {check_key(key): _checked_value(key, data, self.config.value_max) for key, data in values.items()}
+        wanted = {check_key(key): _checked_value(key, data, self.config.value_max) for key, data in mapped(values).items()}
         _check_together(wanted)
         for tried in itertools.count():
             try:
@@ -524,11 +656,12 @@ class AsyncHierarchicalCache:
         """Take the value away; whether there was one."""
         return (await self.delete_multi([key])) == 1
 
+    @_counted
     async def delete_multi(self, keys: Iterable[str]) -> int:
         """Take values away, all at once; how many there were."""
         began_s = time.perf_counter()
         volume = self._check_open()
-        wanted = list(dict.fromkeys(check_key(key) for key in keys))
+        wanted = list(dict.fromkeys(check_key(key) for key in listed(keys)))
         removed = await remove(volume, wanted)
         now_s = time.time()
         for parts, entry in zip(wanted, removed, strict=True):
@@ -538,14 +671,16 @@ class AsyncHierarchicalCache:
         self._note("delete", began_s)
         return sum(entry is not None and not is_expired(entry, now_s) for entry in removed)
 
+    @_counted
     async def clear(self) -> int:
         """Take everything away, directories as well; how many values there were. Their bytes go with the next collection."""
-        volume = self._check_open()
-        count = await remove_all(volume)
-        for node_id in list(self._views):
-            self._forget_view(node_id)
-        return count
+        removed = await remove_all(self._check_open())
+        for entry in removed:
+            self._forget_view(entry.node_id)
+        now_s = time.time()
+        return sum(not is_expired(entry, now_s) for entry in removed)
 
+    @_counted
     async def drop_cached(self) -> None:
         """Empty L1 and L2; no value is lost. For measurements, and where memory is wanted back at once."""
         cache = self._check_open().cache
@@ -553,19 +688,23 @@ class AsyncHierarchicalCache:
         if cache.l2 is not None:
             await trio.to_thread.run_sync(cache.l2.clear)
 
+    @_counted
     async def touch(self, key: str, ttl: float | None = None) -> bool:
         """Let the value last `ttl` seconds from now, None for good; whether there was one."""
         volume, parts, expires_s = self._check_open(), check_key(key), _expiry(ttl)
         volume.check_writable()
-        entry = await self._find(parts)
-        if entry is None:
-            return False
-        try:
-            await volume.catalog.update(entry.node_id, lambda e: _with_expiry(e, expires_s))
-        except NotFoundError:
-            return False
-        return True
+        for tried in range(TRIES_MAX):
+            entry = await self._find(parts, max_age_s=0.0 if tried else None)
+            if entry is None:
+                return False
+            try:
+                await volume.catalog.update(entry.node_id, lambda e: _with_expiry(e, expires_s))
+            except NotFoundError:
+                continue  # set anew at this moment: look again
+            return True
+        return False
 
+    @_counted
     async def collect(self, *, grace_s: float | None = None) -> Any:
         """Delete what nothing names any more: `novafs gc`, with its report (`novafs.gc.GcReport`)."""
         from novafs.gc import collect
@@ -588,6 +727,7 @@ class AsyncHierarchicalCache:
             return await self.open_writer(key, ttl)
         raise UnsupportedError(f"mode {mode!r}: expected 'rb' or 'wb'; to change a part of a value, mount the volume")
 
+    @_counted
     async def open_reader(self, key: str, *, stream: int = 0) -> AsyncValueReader:
         """`open(key, "rb")`."""
         parts = check_key(key)
@@ -608,6 +748,7 @@ class AsyncHierarchicalCache:
             return AsyncValueReader(self, key, view)
         raise AssertionError  # count() has no end
 
+    @_counted
     async def open_writer(self, key: str, ttl: float | None = None) -> AsyncValueWriter:
         """`open(key, "wb")`."""
         volume, parts = self._check_open(), check_key(key)
@@ -634,6 +775,7 @@ class AsyncHierarchicalCache:
             )
         wanted = [check_key(key) for key in request.keys]
         ticket = AsyncPrefetchTicket(request, wanted)
+        self._tickets.add(ticket)
         for parts in wanted:
             self._enqueue(_Job(parts, request.priority, ticket))
         return ticket
@@ -750,8 +892,9 @@ class AsyncValueReader:
     async def read_at(self, offset: int, length: int) -> bytes:
         """Bytes from anywhere; short only at the end."""
         self._check_open()
-        found = self._image.read_nowait(offset, length)
-        return found if found is not None else await self._image.read(offset, length)
+        with self._cache.call():
+            found = self._image.read_nowait(offset, length)
+            return found if found is not None else await self._image.read(offset, length)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """As for files; the new place."""
@@ -769,7 +912,7 @@ class AsyncValueReader:
     async def aclose(self) -> None:
         """Let it go. Again does nothing."""
         view, self._view = self._view, None
-        if view is not None and not self._cache.closed:
+        if view is not None and not self._cache.ended:
             await self._cache._leave_view(view)
 
     async def __aenter__(self) -> Self:
@@ -805,6 +948,9 @@ class AsyncValueWriter:
                 self._stored = await store_content(self._volume, self._runs(), size=None, cache=False)
         except NovaError as error:
             self._error = error
+        except Exception as error:  # of this value alone: the cache goes on
+            log.exception("%s: storing it failed by a mistake in NovaFS; please report it", self.key)
+            self._error = BugError(f"{self.key}: storing it failed with {type(error).__name__}: {error}; please report it, with the log")
         finally:
             self._receive.close()
             self._over.set()
@@ -825,11 +971,12 @@ class AsyncValueWriter:
     async def write(self, data: bytes | bytearray | memoryview) -> int:
         """Append bytes; how many (always all). Raises what storing raises."""
         self._check_open()
-        view = memoryview(data).cast("B")
+        view = flat(data)
         self.written += len(view)
         self._gathered += view
         if len(self._gathered) >= WRITE_BYTES:
-            await self._hand_on()
+            with self._cache.call():
+                await self._hand_on()
         return len(view)
 
     async def _hand_on(self) -> None:
@@ -846,6 +993,10 @@ class AsyncValueWriter:
         if self._closed:
             return
         self._check_open()
+        with self._cache.call():
+            await self._finish()
+
+    async def _finish(self) -> None:
         began_s = time.perf_counter()
         try:
             await self._hand_on()
@@ -921,12 +1072,33 @@ async def _make_volume(config: Config, chunk_size: int | None) -> None:
         store.close()
 
 
+def listed(keys: Iterable[str]) -> list[str]:
+    """Several keys; a single text, of which each letter would be one, is refused. Raises ConfigError."""
+    if isinstance(keys, (str, bytes)) or not isinstance(keys, Iterable):
+        raise ConfigError(f"keys: found {keys!r:.80}; expected a list of keys")
+    return list(keys)
+
+
+def mapped(values: Mapping[str, bytes | bytearray | memoryview]) -> dict[str, bytes | bytearray | memoryview]:
+    """Several values under their keys. Raises ConfigError."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"values: found a {type(values).__name__}; expected a dict of keys and their values")
+    return dict(values)
+
+
+def flat(data: bytes | bytearray | memoryview) -> memoryview:
+    """The bytes of anything that has some, wherever they lie. Raises TypeError."""
+    view = memoryview(data)
+    return (view if view.c_contiguous else memoryview(view.tobytes())).cast("B")
+
+
 def _expiry(ttl: float | None) -> float | None:
     """When a value ends, seconds since the epoch. Raises ConfigError."""
     if ttl is None:
         return None
-    if isinstance(ttl, bool) or not isinstance(ttl, (int, float)) or not math.isfinite(ttl) or ttl <= 0:
-        raise ConfigError(f"ttl: found {ttl!r}; expected seconds, more than 0, or None for a value that stays")
+    if isinstance(ttl, bool) or not isinstance(ttl, (int, float)) or not 0 < ttl <= TTL_S_MAX:
+        shown = repr(ttl) if not isinstance(ttl, int) or -TTL_S_MAX < ttl < TTL_S_MAX else "a number beyond all bounds"
+        raise ConfigError(f"ttl: found {shown}; expected seconds, more than 0 and at most {TTL_S_MAX:g}, or None for a value that stays")
     return time.time() + ttl
 
 

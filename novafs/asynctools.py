@@ -52,6 +52,11 @@ class GroupCommit(Generic[T]):
         self._waiting: list[tuple[T, _Ticket]] = []
         self._running = trio.Lock()
 
+    @property
+    def running(self) -> bool:
+        """Whether a run is under way."""
+        return self._running.locked()
+
     async def submit(self, item: T) -> None:
         """Wait until a run that includes `item` has ended. Raises what that run raised."""
         ticket = _Ticket()

@@ -12,6 +12,7 @@ right one is for the caller to verify by its SHA-256; no format here is relied o
         2  LZ4     plain length (u32, little endian), then one LZ4 block
         3  SNAPPY  raw Snappy: plain length as a varint, then the elements; not the framing format
         4  ZSTD    one Zstandard frame (RFC 8878) that declares its content size; no dictionary, no checksum
+        5  HDE     a delta frame, that needs another to be read: `novafs.delta`. Not for `encode` and `decode`, nor for any tier
 
 The ratio rule: a payload that is not smaller than the plain content by 1.2 or more is not worth the time to decode
 it at each read, so `encode` answers with codec NONE and the plain content itself.
@@ -66,12 +67,17 @@ class Codec(IntEnum):
     LZ4 = 2
     SNAPPY = 3
     ZSTD = 4
+    HDE = 5
+
+
+WHOLE: Final = tuple(codec for codec in Codec if codec is not Codec.HDE)
+"""Codecs whose frames can be read by themselves: those that `encode` knows, and a tier can have."""
 
 
 def parse_codec(name: str) -> Codec:
     """The codec of that name, in any case. Raises ConfigError that names the known ones, the nearest first."""
     word = name.strip().lower()
-    known = [codec.name.lower() for codec in Codec]
+    known = [codec.name.lower() for codec in WHOLE]
     if word in known:
         return Codec[word.upper()]
     near = difflib.get_close_matches(word, known, n=1)
@@ -95,6 +101,8 @@ def encode(plain: bytes, codec: Codec, level: int | None = None) -> Frame:
     if codec is Codec.NONE:
         check_level(codec, level)
         return Frame(Codec.NONE, plain)
+    if codec is Codec.HDE:
+        raise ConfigError("codec hde needs the content that a chunk had before (see l3.delta): choose another one")
     payload = _compress(plain, codec, level)
     if len(payload) * _RATIO_NUMERATOR > len(plain) * _RATIO_DENOMINATOR:
         return Frame(Codec.NONE, plain)
@@ -118,6 +126,8 @@ def decode(codec: int, payload: bytes, plain_max: int) -> bytes:
 def plain_length(codec: int, payload: bytes) -> int:
     """The length of the content that the payload declares, bytes; nothing is decompressed. Raises CorruptionError."""
     measure = _LENGTHS.get(codec)
+    if codec == Codec.HDE:
+        raise CorruptionError("a delta frame where a whole one was expected: only packs hold them, and it takes its base to read one")
     if measure is None:
         raise CorruptionError(f"frame of codec {codec}: known are {', '.join(f'{c.value} ({c.name.lower()})' for c in Codec)}")
     return measure(payload)

@@ -1,9 +1,10 @@
-"""Compaction: the live frames of packs that are less than half live go into new packs, verbatim, and a forward says where.
+"""Compaction: the live frames of packs that are less than half live go into new packs, and a forward says where.
 
     new packs stored  ->  forward created  ->  only now may the old pack be condemned (`novafs.gc`)
 
 Each frame is decoded and its SHA-256 compared before it is copied; a damaged one stays where it is, keeps its pack
-alive, and is reported. Killed anywhere, this leaves packs that nothing names, or forwards of packs that are still
+alive, and is reported. The copy of a delta frame is a whole one (`novafs.delta`), so what is moved needs nothing else. Killed
+anywhere, this leaves packs that nothing names, or forwards of packs that are still
 there: both are what a later collection expects to find. Two collectors that compact the same pack make two copies; the
 forward that was created first counts, and the other copy is garbage.
 
@@ -12,6 +13,7 @@ The same repairs a pack whose footer is lost (`fsck --repair`): what is referenc
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
@@ -21,10 +23,11 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import numpy as np
 import trio
 
+from novafs import delta
 from novafs.cache.base import Frame
 from novafs.cache.packs import PackSource
 from novafs.chunk import Reference
-from novafs.codec import PLAIN_MAX, decode
+from novafs.codec import PLAIN_MAX, Codec, decode, encode
 from novafs.errors import CorruptionError, ObjectNotFoundError
 from novafs.forward import ForwardTable, Rows, rows_from, write_forward
 from novafs.packwriter import PackWriter, Prepared
@@ -39,6 +42,7 @@ GROUP_BYTES: Final = 64 << 20
 GROUP_PACKS: Final = 64
 """Packs that are compacted together: their frames share new packs."""
 BATCH_BYTES: Final = 4 << 20
+"""What is in memory at a time of frames, and of the contents of deltas."""
 
 
 @dataclass(slots=True)
@@ -82,14 +86,14 @@ async def _compact_group(volume: Volume, forwards: ForwardTable, group: Sequence
     async with volume.pack_writer(cache=False) as writer:
         for candidate in group:
             try:
-                copied, damaged = await _copy(volume, writer, candidate.live)
+                copied, damaged, complete = await _copy(volume, writer, candidate.live)
             except ObjectNotFoundError:
                 log.warning("pack %s is gone: another collection runs beside this one", candidate.pack_id.hex())
                 continue
             done.damaged += damaged
             if copied:
                 copies[candidate.pack_id] = copied
-            if candidate.whole and not damaged:
+            if candidate.whole and complete:
                 whole.add(candidate.pack_id)
         await writer.finish()
     if await writer.used.lost():
@@ -114,30 +118,55 @@ async def _compact_group(volume: Volume, forwards: ForwardTable, group: Sequence
             done.emptied.add(pack_id)
 
 
-async def _copy(volume: Volume, writer: PackWriter, live: Sequence[Reference]) -> tuple[list[Reference], list[Reference]]:
-    """Put frames into new packs: where they are now, in the same order, and those that were left because they are damaged."""
+async def _copy(volume: Volume, writer: PackWriter, live: Sequence[Reference]) -> tuple[list[Reference], list[Reference], bool]:
+    """Put frames into new packs: where they are now, in the same order; those that were left because they are damaged; and whether all
+    were copied. A delta frame whose base can not be read is left as well, and may be well itself."""
     source = PackSource(volume.client)
     copied: list[Reference] = []
     damaged: list[Reference] = []
-    for batch in _batches(live):
+    for batch in _batches(live, volume.chunk_size):
         payloads = await source.read_frames(batch)
-        plains = await trio.to_thread.run_sync(_verify, batch, payloads)
-        good = [
-            Prepared(plain, reference.chunk_id, None, Frame(reference.codec, payload))
-            for reference, payload, plain in zip(batch, payloads, plains, strict=True)
-            if plain is not None
-        ]
-        damaged += [reference for reference, plain in zip(batch, plains, strict=True) if plain is None]
+        bases = await read_bases(volume, batch, payloads)
+        plains = await trio.to_thread.run_sync(_verify, batch, payloads, bases)
+        good = []
+        for reference, payload, plain in zip(batch, payloads, plains, strict=True):
+            if plain is None and (reference.codec != Codec.HDE or reference in bases):
+                damaged.append(reference)
+            elif plain is not None and reference.codec != Codec.HDE:
+                good.append(Prepared(plain, reference.chunk_id, None, Frame(reference.codec, payload)))
+            elif plain is not None:
+                frame = await trio.to_thread.run_sync(encode, plain, volume.config.l3.codec, volume.config.l3.codec_level)
+                good.append(Prepared(plain, reference.chunk_id, None, frame))
         copied += [Reference.unpack(raw) for raw in await writer.append(good)]
-    return copied, damaged
+    return copied, damaged, len(copied) == len(live)
 
 
-def _batches(live: Sequence[Reference]) -> Iterator[list[Reference]]:
+async def read_bases(volume: Volume, references: Sequence[Reference], payloads: Sequence[bytes]) -> dict[Reference, bytes]:
+    """What delta frames among these were made against, by way of the tiers; those are left out for which that can not be read.
+
+    Raises what the store raises.
+    """
+    bases: dict[Reference, bytes] = {}
+    for reference, payload in zip(references, payloads, strict=True):
+        if reference.codec != Codec.HDE:
+            continue
+        try:
+            chain = delta.read_chain(payload)
+        except CorruptionError:
+            bases[reference] = b""  # itself damaged, whatever its base is
+            continue
+        with contextlib.suppress(CorruptionError, ObjectNotFoundError):
+            (bases[reference],) = await volume.cache.fetch(chain[:1])
+    return bases
+
+
+def _batches(live: Sequence[Reference], chunk_size: int) -> Iterator[list[Reference]]:
     batch: list[Reference] = []
     size = 0
     for reference in live:
         batch.append(reference)
-        size += reference.length
+        # A delta may be a hundred times smaller than its content and that of its base.
+        size += reference.length if reference.codec != Codec.HDE else 2 * chunk_size
         if size >= BATCH_BYTES:
             yield batch
             batch, size = [], 0
@@ -145,16 +174,16 @@ def _batches(live: Sequence[Reference]) -> Iterator[list[Reference]]:
         yield batch
 
 
-def _verify(references: Sequence[Reference], payloads: Sequence[bytes]) -> list[bytes | None]:
-    return [verified(reference, payload) for reference, payload in zip(references, payloads, strict=True)]
+def _verify(references: Sequence[Reference], payloads: Sequence[bytes], bases: Mapping[Reference, bytes]) -> list[bytes | None]:
+    return [verified(reference, payload, bases.get(reference)) for reference, payload in zip(references, payloads, strict=True)]
 
 
-def verified(reference: Reference, payload: bytes) -> bytes | None:
-    """The plain content of a frame, None where it is not what the reference names."""
+def verified(reference: Reference, payload: bytes, base: bytes | None = None) -> bytes | None:
+    """The plain content of a frame, None where it is not what the reference names. base: of a delta frame."""
     if len(payload) != reference.length:
         return None
     try:
-        plain = decode(reference.codec, payload, PLAIN_MAX)
+        plain = decode(reference.codec, payload, PLAIN_MAX) if base is None else delta.decode(payload, base, PLAIN_MAX)
     except CorruptionError:
         return None
     return plain if hashlib.sha256(plain).digest() == reference.chunk_id else None

@@ -60,11 +60,12 @@ class L2Config:
 
 @dataclass(frozen=True, slots=True)
 class L3Config:
-    """L3: the object store. codec_level None: the codec's own default."""
+    """L3: the object store. codec_level None: the codec's own default; delta: see `novafs.delta`."""
 
     capacity_bytes: int
     codec: Codec
     codec_level: int | None
+    delta: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,6 +269,12 @@ def nearest(word: str, known: Iterator[str] | list[str]) -> str:
 
 
 # --- layers ---------------------------------------------------------------------------------------------------
+
+
+def file_of_name(name: str, *, environ: Mapping[str, str] | None = None) -> Path:
+    """The file that a NAME stands for, be it there or not."""
+    environ = os.environ if environ is None else environ
+    return Path(environ.get(CONFIG_DIR_VARIABLE) or CONFIG_DIR) / f"{name}.toml"
 
 
 def _find_file(volume: str, file: Path | None, config_dir: Path) -> Path | None:

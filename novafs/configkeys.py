@@ -517,9 +517,9 @@ KEYS: Final = (
         "Memory per chunk against time per hit.",
     ),
     Key(
-        "l1.policy", "l1.policy", Choice(POLICY_NAMES), "lru",
-        "Who leaves L1 when it is full: `lru`; a classic (`2q`, `wtinylfu`, `s3fifo`); `learned`, which learns what is read again and "
-        "follows whoever its shadow caches show to be best; or `linear8`, a baseline. See `docs/eviction.md`.",
+        "l1.policy", "l1.policy", Choice(POLICY_NAMES), "learned",
+        "Who leaves L1 when it is full: `learned`, which learns what is read again, follows whoever its shadow caches show to be best, and "
+        "is `lru` where nobody is better; `lru`; a classic (`2q`, `wtinylfu`, `s3fifo`); or `linear8`, a baseline. See `docs/eviction.md`.",
         "Hits in L1.",
     ),
     Key(
@@ -565,6 +565,12 @@ KEYS: Final = (
         "Level of `l3.codec` where it has levels: gzip 1 to 9, lz4 1 to 12, zstd 1 to 22.",
         "Time against size of new chunks.",
         default_doc="the codec's own", live=True,
+    ),
+    Key(
+        "l3.delta", "l3.delta", Switch(), "true",
+        "Whether a rewritten chunk is stored as the difference from its last version (codec `hde`) where that is at least twice smaller. "
+        "Only on volumes that were made with `novafs init --delta`, and only while it pays: it is measured for each image.",
+        "Bytes that commits upload; reads of rewritten chunks.", live=True,
     ),
     Key(
         "store.requests_max", "store.requests_max", Integer(1, 1024), "32",

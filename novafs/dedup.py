@@ -27,6 +27,7 @@ import xxhash
 from novafs import pack
 from novafs.asynctools import open_nursery
 from novafs.chunk import ChunkId, PackId, Reference
+from novafs.codec import Codec
 from novafs.condemned import CondemnedView
 from novafs.errors import CorruptionError, ObjectNotFoundError
 from novafs.forward import Forwards
@@ -50,6 +51,11 @@ _QUERY_MAX: Final = 500
 
 def _seal(chunk_id: bytes, place: bytes) -> bytes:
     return place + _CHECK.pack(xxhash.xxh32_intdigest(chunk_id + place))
+
+
+def _whole(references: Iterable[Reference]) -> list[Reference]:
+    """Without delta frames: a dead one does not keep what it needs (`novafs.delta`), so a hit could bring back what can not be read."""
+    return [reference for reference in references if reference.codec != Codec.HDE]
 
 
 class DedupIndex:
@@ -234,7 +240,7 @@ class Deduplicator:
         rows_of = await self._footers(list(by_pack))
         good: dict[bytes, Reference] = {}
         for pack_id, chunk_ids in by_pack.items():
-            rows = rows_of[pack_id]
+            rows = rows_of[pack_id]  # whole frames: a delta is never hit (`_whole`)
             stale = [c for c in chunk_ids if rows.get(c) != candidates[c]]
             good.update((c, candidates[c]) for c in chunk_ids if rows.get(c) == candidates[c])
             if stale:
@@ -275,14 +281,14 @@ class Deduplicator:
         except CorruptionError as error:
             log.error("%s", error)
             return {}
-        references: dict[bytes, Reference] = {row.reference.chunk_id: row.reference for row in rows}
+        references: dict[bytes, Reference] = {r.chunk_id: r for r in _whole(row.reference for row in rows)}
         self.note_verified(pack_id, list(references.values()), started_s)
         return references
 
     def note_verified(self, pack_id: PackId, references: Iterable[Reference], at_s: float) -> None:
         """The pack is known to hold these frames since boot time `at_s`: read from its footer, or uploaded by us."""
         self._forget_verified(pack_id)
-        rows: dict[bytes, Reference] = {r.chunk_id: r for r in references}
+        rows: dict[bytes, Reference] = {r.chunk_id: r for r in _whole(references)}
         self._verified[pack_id] = (at_s, rows)
         self._verified_rows += len(rows)
         while len(self._verified) > 1 and (len(self._verified) > VERIFIED_PACKS_MAX or self._verified_rows > VERIFIED_ROWS_MAX):
@@ -294,6 +300,7 @@ class Deduplicator:
 
     async def note_uploaded(self, pack_id: PackId, references: list[Reference], at_s: float) -> None:
         """An own pack is stored: later writes may refer to its chunks."""
+        references = _whole(references)
         self.note_verified(pack_id, references, at_s)
         await trio.to_thread.run_sync(self.index.record, references, [pack_id], limiter=self._limiter)
 
@@ -311,5 +318,7 @@ class Deduplicator:
             part = unknown[start : start + FOOTERS_IN_FLIGHT]
             rows = await self._footers(part)
             references = [r for p in part for r in rows[p].values()]
-            await trio.to_thread.run_sync(self.index.record, references, [p for p in part if rows[p]], limiter=self._limiter)
+            await trio.to_thread.run_sync(
+                self.index.record, references, [p for p in part if rows[p] or p in self._verified], limiter=self._limiter
+            )
         return len(unknown)

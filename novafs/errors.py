@@ -19,7 +19,8 @@ The engine raises these and nothing else on purpose; it knows no errno. The moun
     │   ├── AccessDeniedError     not allowed: permissions, credentials
     │   ├── UnsupportedError      understood, and deliberately not offered
     │   ├── SourceError           an import source that is missing, truncated or no image
-    │   ├── MountError            a mount point that is missing or busy, no /dev/fuse, no fusermount3
+    │   ├── MountError            a mount point that is missing or busy
+    │   │   └── NotInstalledError what a mount needs of the host: /dev/fuse, fusermount3, a package
     │   └── VolumeError           a URL that holds no volume, already holds one, or one of a newer format
     │       ├── NoVolumeError / VolumeExistsError / NewerFormatError
     ├── RetryableError            may succeed when tried again
@@ -116,7 +117,11 @@ class SourceError(UserError):
 
 
 class MountError(UserError):
-    """A mount point that is missing or busy, or FUSE itself is missing."""
+    """A mount point that is missing or busy."""
+
+
+class NotInstalledError(MountError):
+    """The host lacks what a mount needs; trying again will not help before it is installed."""
 
 
 class VolumeError(UserError):

@@ -7,7 +7,8 @@ before it counts them (`ForwardTable`). The newest record of a chain alone count
 written anew when those move, and it lives while any retained map or any other forward names its pack. In between, and
 after a crash of the collector, a place may itself be forwarded: everybody follows up to HOPS_MAX of them.
 
-Always holds: a forward is created after the packs that it names, and those hold the same frames, byte for byte.
+Always holds: a forward is created after the packs that it names, and those hold the same content: the same frames, byte
+for byte, or a whole one for a delta (`novafs.delta`). No forward leads to a delta frame.
 """
 
 from __future__ import annotations

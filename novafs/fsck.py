@@ -29,7 +29,8 @@ from novafs.condemned import CondemnedHead, mark_damaged, read_condemned
 from novafs.errors import CorruptionError, ObjectCorruptError, ObjectNotFoundError
 from novafs.forward import chunk_ids
 from novafs.fsckrepair import Repair, temp_dirs
-from novafs.mapwalk import Touched, find_touched
+from novafs.mapwalk import Touched, find_touched, is_bad
+from novafs.packcount import PackCount
 from novafs.retention import Progress, Retention, no_progress, walk
 from novafs.scrub import ScrubResult, scrub
 from novafs.units import format_size
@@ -187,6 +188,7 @@ class _Examination:
         condemned = await self._condemned()
         self._packs()
         await self._damaged(condemned, scrubbed)
+        await self._deltas()
         await self._touched()
         self._images()
         self._leftovers(condemned)
@@ -234,6 +236,33 @@ class _Examination:
                 self.bad.setdefault(pack_id, {}).update({reference.offset: reference for reference in live})
             if len(chunks) > len(live) and pack_id in self.found.packs:
                 self._add("frame", name, f"{name}: {len(chunks) - len(live)} damaged frames in it, which nothing refers to", problem=False)
+
+    async def _deltas(self) -> None:
+        """What can not be read because a frame that it was made against can not be; healed with that, or by another copy."""
+        found = self.found
+        while True:
+            bad = {pack_id: set(frames) for pack_id, frames in self.bad.items()}
+            if not bad:
+                return
+            more: dict[bytes, dict[int, Reference]] = {}
+            for known in found.packs:
+                over = set(known.frames_over(lambda rows, bad=bad: is_bad(found.forwards.resolve(rows), bad)))  # type: ignore[misc]
+                if lost := over - bad.get(known.pack_id, set()):
+                    live = await self._live(known)
+                    more[known.pack_id] = {reference.offset: reference for reference in live if reference.offset in lost}
+            if not any(more.values()):
+                return
+            for pack_id, frames in more.items():
+                self.bad.setdefault(pack_id, {}).update(frames)
+                name = pack.pack_name(pack_id)
+                self._add("frame", name, f"{name}: {len(frames)} frames in it were made against others that are missing or damaged")
+
+    async def _live(self, known: PackCount) -> list[Reference]:
+        try:
+            footer = await pack.read_footer_bytes(known.pack_id, known.info.size, self._volume.client.get)
+        except (CorruptionError, ObjectNotFoundError):
+            return []
+        return [row.reference for row in self.found.packs.live_rows(known, footer)]
 
     async def _live_frames(self, pack_id: bytes, ids: set[bytes]) -> list[Reference]:
         known = self.found.packs.packs.get(pack_id)

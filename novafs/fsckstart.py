@@ -59,7 +59,8 @@ async def _superblock(client: StoreClient, repair: bool, findings: list[Finding]
         )
     elif repair:
         await client.delete(SUPERBLOCK_NAME)
-        await create_superblock(client, chunk_size=chunk_size)
+        # What the volume was made for is lost as well, so for all that there is: nobody who does not know it may collect here.
+        await create_superblock(client, chunk_size=chunk_size, delta=True)
         repaired.append(f"{SUPERBLOCK_NAME}: made anew, with the chunk size of the images ({chunk_size}) and a new volume id")
     else:
         findings.append(Finding("superblock", SUPERBLOCK_NAME, f"{message}; --repair makes it anew"))

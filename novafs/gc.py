@@ -19,6 +19,9 @@ everything once more where one is condemned or gone (`novafs.packwriter`). From 
 rollback) it can not be either: what the root was copied from was retained when the walk began, or had been deleted
 before P was condemned, which whoever copies looks for (`novafs.snapshots`).
 
+What a delta frame was made against is referred to by it (`novafs.delta`): the writer took it from the head of the image that it writes,
+which was retained like everything that goes from one generation to the next, and nothing else ever makes a reference to a delta frame.
+
 Two collectors at once are safe, only wasteful: generations and catalogs that both delete are older than the grace for
 both; packs are deleted by claim alone, claims and returns to life are commits of one chain, so a row is either claimed
 or taken back, never both; a row that one of them did not know when its walk began it leaves alone. Of two

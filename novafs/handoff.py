@@ -10,7 +10,8 @@ The right to write does not move with it: it is taken by the first write, as eve
 the time, the source takes the offer back and nothing has changed. An offer is worth nothing but time: one that is damaged, of an image
 that is gone, or left behind by a source that died is deleted by its target or a collection; what it names is looked up in the image's map.
 
-An offer is made by itself, too, when another host asks for a lease (`wants/`): then nobody waits for the answer.
+An offer is made by itself, too, when another host asks for a lease (`wants/`), or has opened the image for reading past its page cache
+while it is written here, as an emulator does that waits for a machine (a name with `lease.CURIOUS`): then nobody waits for the answer.
 
     handoffs/<target>/<image id>    a sealed record of kind HAND. target: a host's name, or the id of its journal
 
@@ -33,6 +34,7 @@ from novafs.chunk import HOLE_BYTES
 from novafs.errors import BusyError, ConfigError, NotFoundError, NovaError, ObjectCorruptError, ObjectNotFoundError, RetryableError
 from novafs.generation import HOST
 from novafs.image import Image
+from novafs.lease import CURIOUS, want_name
 from novafs.lease import HANDOFFS_PREFIX as PREFIX
 from novafs.prefetch.base import INDEX_MASK
 from novafs.record import seal, unseal
@@ -48,10 +50,12 @@ KIND: Final = b"HAND"
 VERSION: Final = 1
 HOT_MAX: Final = 8192
 """Chunks in an offer: 512 MiB of 64 KiB, in 64 KiB of record."""
-POLL_S: Final = 5.0
+POLL_S: Final = 1.0
 """How often a mount looks for offers: one listing each time."""
-ANSWER_POLL_S: Final = 0.25
+ANSWER_POLL_S: Final = 0.1
 WITHDRAW_S: Final = 5.0
+CURIOUS_S: Final = 15.0
+"""How long a request for what is hot stands."""
 WARM_CHUNKS: Final = 256
 BYTES_MAX: Final = 1 << 20
 RELEASE_TRIES: Final = 5
@@ -123,6 +127,11 @@ async def hand_off(volume: Volume, entry: Entry, target: str, *, timeout_s: floa
                 break
         else:
             raise BusyError(f"{image.name}: is written all the time, so it can not be given up; pause the machine first")
+    except NovaError as error:
+        volume.tally.handoffs.given_failed += not isinstance(error, ConfigError)
+        raise
+    else:
+        volume.tally.handoffs.given += 1
         return {"image": image.name, "to": target, "hot_chunks": hot, "generation": image.generation}
     finally:
         await volume.close_image(image)
@@ -163,9 +172,17 @@ class Receiver:
         self._volume = volume
         self._names = own_names(volume)
         self._asked: set[bytes] = set()
-        self.taken = 0
-        self.warmed = 0
+        self._counts = volume.tally.handoffs
+
+    @property
+    def taken(self) -> int:
+        """Offers that were taken."""
+        return self._counts.taken
+
+    @property
+    def warmed(self) -> int:
         """Chunks that offers have brought."""
+        return self._counts.chunks
 
     async def run(self) -> None:
         """Look for offers for as long as the volume is open."""
@@ -192,17 +209,20 @@ class Receiver:
         except ObjectNotFoundError:
             return  # withdrawn
         except NovaError as error:
+            self._counts.taken_failed += 1
             log.warning("an offer is no good, and deleted: %s", error)
             await client.delete(name)
             return
         await client.delete(name)
-        self.taken += 1
+        self._counts.taken += 1
         log.info(
             "host %s gives up image %s, and %d chunks that are hot in it", record.host, record.image_id.hex(), len(record.indexes) // 8
         )
         try:
-            self.warmed += await self._warm(record)
+            warmed = await self._warm(record)
+            self._counts.chunks += warmed
         except (NotFoundError, ObjectCorruptError) as error:
+            self._counts.taken_failed += 1
             log.warning("what host %s gave up is not warmed: %s", record.host, error)
 
     async def _warm(self, record: OfferRecord) -> int:
@@ -221,10 +241,33 @@ class Receiver:
         finally:
             await volume.close_image(image)
 
+    async def ask(self, image: Image) -> None:
+        """An image was opened for reading that is perhaps written elsewhere: ask its writer for what is hot. Raises nothing."""
+        client, leases = self._volume.client, self._volume.writeback.leases
+        if leases is None or image.node_id in self._asked:
+            return
+        self._asked.add(image.node_id)
+        try:
+            if await leases.holder(image.node_id) is None:
+                return
+            name = want_name(image.node_id, leases.journal_id) + CURIOUS
+            try:
+                await client.put(name, leases.request(image.node_id))
+                await trio.sleep(CURIOUS_S)
+            finally:
+                with trio.move_on_after(WITHDRAW_S, shield=True):
+                    await _withdraw(self._volume, name)
+        except Exception as error:  # it costs time, nothing else
+            log.debug("%s: its writer is not asked what is hot: %s", image.name, error)
+        finally:
+            self._asked.discard(image.node_id)
+
     async def wanted(self, image: Image, journal_ids: Sequence[bytes]) -> None:
-        """Other hosts ask for the lease of an image: offer them what is hot. Raises nothing."""
+        """Other hosts ask for the lease of an image, or for what is hot in it: offer it to them. Raises nothing."""
         for journal_id in journal_ids:
             try:
-                await offer(self._volume, image, journal_id.hex())
+                _, hot = await offer(self._volume, image, journal_id.hex())
+                log.info("%s: %d chunks that are hot are offered to the mount %s", image.name, hot, journal_id.hex())
+                await self._volume.client.delete(want_name(image.node_id, journal_id) + CURIOUS)
             except Exception as error:
                 log.debug("%s: who asks for its lease is not told what is hot in it: %s", image.name, error)

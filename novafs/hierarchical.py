@@ -36,10 +36,13 @@ from novafs.asynchierarchical import (
     AsyncValueWriter,
     PrefetchRequest,
     PrefetchResult,
+    flat,
+    listed,
+    mapped,
 )
 from novafs.cacheconfig import CacheConfig
 from novafs.cachestats import CacheStats, PatternFigures
-from novafs.errors import ClosedError, NovaError, RetryableError
+from novafs.errors import ClosedError, ConfigError, NovaError, RetryableError
 from novafs.portal import Portal
 
 EXIT_S: Final = 30.0
@@ -83,6 +86,9 @@ class PrefetchTicket:
 
     def wait(self, timeout_s: float | None = None) -> PrefetchResult:
         """What became of it, once it is over. Raises RetryableError where that takes longer than `timeout_s`."""
+
+        if timeout_s is not None and not timeout_s >= 0:
+            raise ConfigError(f"timeout_s: found {timeout_s!r}; expected seconds, 0 or more, or None to wait as long as it takes")
 
         async def wait() -> PrefetchResult | None:
             import trio
@@ -146,15 +152,15 @@ class HierarchicalCache:
 
     def get_multi(self, keys: Iterable[str]) -> dict[str, bytes]:
         """The values of those keys that have one, read beside each other."""
-        return self._portal.call(partial(self._portal.value.get_multi, list(keys), stream=threading.get_ident()))
+        return self._portal.call(partial(self._portal.value.get_multi, listed(keys), stream=threading.get_ident()))
 
     def set_multi(self, values: Mapping[str, bytes | bytearray | memoryview], ttl: float | None = None) -> None:
         """`set` of all of them at once: a reader finds all the old or all the new values."""
-        self._portal.call(self._portal.value.set_multi, dict(values), ttl)
+        self._portal.call(self._portal.value.set_multi, mapped(values), ttl)
 
     def delete_multi(self, keys: Iterable[str]) -> int:
         """Take values away, all at once; how many there were."""
-        return self._portal.call(self._portal.value.delete_multi, list(keys))
+        return self._portal.call(self._portal.value.delete_multi, listed(keys))
 
     def touch(self, key: str, ttl: float | None = None) -> bool:
         """Let the value last `ttl` seconds from now, None for good; whether there was one."""
@@ -314,10 +320,10 @@ class _RawValue(io.RawIOBase):
         return self._reader.tell()
 
     def close(self) -> None:
+        # Never waits: a file that is forgotten is closed by the collector of garbage, on whatever thread that runs.
         if not self.closed:
             super().close()
-            with contextlib.suppress(ClosedError):  # the cache went first
-                self._portal.call(self._reader.aclose)
+            self._portal.spawn(self._reader.aclose)
 
 
 class ValueWriter(io.BufferedIOBase):
@@ -337,7 +343,7 @@ class ValueWriter(io.BufferedIOBase):
     def write(self, data: Any) -> int:
         if self.closed:
             raise ValueError("write to a closed file")
-        view = memoryview(data).cast("B")
+        view = flat(data)
         self._gathered += view
         self._at += len(view)
         if len(self._gathered) >= BUFFER_BYTES:
@@ -390,7 +396,9 @@ class ValueWriter(io.BufferedIOBase):
     def __del__(self) -> None:
         if not self.closed:
             warnings.warn(f"{self.name}: a value that was not closed is given up", ResourceWarning, stacklevel=2, source=self)
-            self.abort()
+            self._gathered = bytearray()
+            super().close()
+            self._portal.spawn(self._abort)  # see `_RawValue.close`
 
 
 __all__ = ["CacheConfig", "HierarchicalCache", "PrefetchRequest", "PrefetchResult", "PrefetchTicket", "ValueWriter"]

@@ -12,6 +12,7 @@ handle: it is committed only where memory runs short.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -27,6 +28,7 @@ import trio
 from novafs import dirty
 from novafs.cache.tiered import ChunkCache
 from novafs.chunk import HOLE_BYTES, ChunkIndex, Reference
+from novafs.delta import Base
 from novafs.dirty import Layer
 from novafs.errors import (
     BugError,
@@ -40,6 +42,7 @@ from novafs.errors import (
     TooLargeError,
 )
 from novafs.fold import FOLD_RETRY_S, Fold, Stored, worthwhile
+from novafs.follow import Follower
 from novafs.generation import Generation
 from novafs.imagemap import FANOUT, LEVELS_MAX, TOP_MAX, MapState
 from novafs.imagereader import ImageReader, Watcher
@@ -54,6 +57,9 @@ log = logging.getLogger(__name__)
 
 COMMIT_BATCH_CHUNKS: Final = 32
 """Chunks merged, hashed and compressed at a time by a commit: bounds its memory, and keeps two workers busy."""
+
+PAIRS_MIN: Final = 4
+"""So many fsyncs in a row, each of one write, and the journal begins with the next such write before its fsync is here."""
 
 
 class Writeback(Protocol):
@@ -187,6 +193,8 @@ class Image(ImageReader):
         self._dirty_bytes = 0
         self._dirty_since_s: float | None = None
         self._pending: list[Record] = []
+        self._pairs = 0
+        """Fsyncs in a row that found one write to sync."""
         self._last_sequence = 0
         self._safe_sequence = 0
         """Every write up to here is in the journal or in a generation."""
@@ -225,6 +233,9 @@ class Image(ImageReader):
     async def read(self, offset: int, length: int) -> bytes:
         """See `ImageReader.read`. Raises StaleError where the generation that is open here was collected: the image was removed,
         or written elsewhere, and this host did not renew its pin for `gc.grace`."""
+        if (follower := self.follower) is not None:
+            await follower.fresh()
+            follower.note_read(offset, length)
         try:
             return await super().read(offset, length)
         except ObjectNotFoundError as error:
@@ -255,7 +266,17 @@ class Image(ImageReader):
         self._apply(RecordKind.DATA, offset, bytes(data))
         self.traffic.writes += 1
         self.traffic.written_bytes += len(data)
+        if self._pairs >= PAIRS_MIN:
+            self._start_journal()
         return len(data)
+
+    def _start_journal(self) -> None:
+        """Each write was followed by its fsync of late: the disk may begin before that is here."""
+        journal = self._writeback.journal
+        if len(self._pending) > 1 or journal is None or self._lease is None or self._lease.wanted:
+            self._pairs = 0
+        elif self._pending:
+            journal.start(self._pending)
 
     async def resize(self, size: int, *, incarnation: int | None = None) -> None:
         """Cut or grow to `size` bytes; what growth adds reads as zeros. Raises what `write` raises."""
@@ -353,6 +374,14 @@ class Image(ImageReader):
                         log.warning("%s: its lease is given back later: %s", self.name, error)
                 raise
             self._lease = lease
+            if self.follower is not None:
+                self.follower.stop()
+                self.follower = None
+
+    def unfollow(self, follower: Follower) -> None:
+        """The lease is free, and the newest generation is here."""
+        if self.follower is follower:
+            self.follower = None
 
     async def _fence(self, lease: Lease, replaying: bool) -> None:
         journal = self._writeback.journal
@@ -366,7 +395,8 @@ class Image(ImageReader):
                 lease.lost = True
                 raise StaleError(f"{self.name}: another host took the lease over before it was used here; close and reopen it")
             if head.record.counter != self.generation:
-                if not self._is_own_fence(head.record) and not (replaying and head.record.journal_id == journal_id):
+                known = self._is_own_fence(head.record) or self._is_follower_fit()
+                if not known and not (replaying and head.record.journal_id == journal_id):
                     raise StaleError(f"{self.name}: another host wrote the image since it was opened; close and reopen it")
                 self._adopt(head)
             sequence = head.record.sequence
@@ -388,6 +418,10 @@ class Image(ImageReader):
         journal, known = self._writeback.journal, self._head.record
         same = (newer.size, newer.levels, newer.top, newer.patch) == (known.size, known.levels, known.top, known.patch)
         return journal is not None and newer.journal_id == journal.journal_id and same
+
+    def _is_follower_fit(self) -> bool:
+        """Whether handles may go on with a newer generation of another host: nothing that it may have changed was read here."""
+        return self.follower is not None and not self.follower.has_read
 
     async def replace_content(self, other: Generation) -> None:
         """Commit a generation with the content of `other`, an older one of this image; the lease is held, nothing is dirty.
@@ -517,6 +551,7 @@ class Image(ImageReader):
             if self._safe_sequence >= target or not self._pending:
                 return  # the one before us took ours along, or a commit did
             batch, self._pending = self._pending, []
+            self._pairs = self._pairs + 1 if len(batch) == 1 else 0
             try:
                 await journal.append(batch)
             except BaseException:
@@ -626,15 +661,16 @@ class Image(ImageReader):
 
     async def _store_own(self, frozen: list[Layer], generation: Generation, lease: Lease, brief: bool) -> tuple[Head[Generation], MapState]:
         """`_store`, again where the number was taken by an earlier try of our own whose answer was lost, and where a collection
-        has overtaken it."""
-        while True:
+        has overtaken it. Then without deltas: so much time may have passed that what they would be made against is gone."""
+        for tried in itertools.count():
             try:
                 if brief and (fold := self._going_fold()) is not None and fold.stored is not None:
                     if (patched := self._patched(fold.since, fold.stored.state, frozen, generation)) is not None:
                         return await self._name(fold.stored, patched)
                 elif brief and (patched := self._patched(self._patch, self._state, frozen, generation)) is not None:
                     return await self._store_patch(patched), self._state
-                return await self._store([self._patch, *frozen] if self._patch is not None else frozen, generation)
+                layers = [self._patch, *frozen] if self._patch is not None else frozen
+                return await self._store(layers, generation, deltas=not tried)
             except ConflictError as error:
                 self._drop_fold()
                 head = await self._chain.head()
@@ -662,6 +698,7 @@ class Image(ImageReader):
                 self._pass_over(generation)
             newest = self._head.record
             generation = msgspec.structs.replace(generation, counter=newest.counter + 1, predecessor=newest.nonce, nonce=new_nonce())
+        raise AssertionError  # count() has no end
 
     def _pass_over(self, lost: Generation) -> None:
         """The newest generation is our own, and a collection has taken its packs: count on from it, with the content from before
@@ -724,11 +761,15 @@ class Image(ImageReader):
         self._unanswered = None  # an earlier try's number is taken now
         return head
 
-    async def _store(self, frozen: list[Layer], generation: Generation) -> tuple[Head[Generation], MapState]:
-        return await self._name(await self._store_map(frozen, generation, self._state), msgspec.structs.replace(generation, patch=()))
+    async def _store(self, frozen: list[Layer], generation: Generation, *, deltas: bool) -> tuple[Head[Generation], MapState]:
+        stored = await self._store_map(frozen, generation, self._state, deltas=deltas)
+        return await self._name(stored, msgspec.structs.replace(generation, patch=()))
 
-    async def _store_map(self, frozen: list[Layer], generation: Generation, base: MapState) -> Stored:
-        """Write layers into the map `base`, whose figures `generation` has, for an image of its size; nothing names the result yet."""
+    async def _store_map(self, frozen: list[Layer], generation: Generation, base: MapState, *, deltas: bool = True) -> Stored:
+        """Write layers into the map `base`, whose figures `generation` has, for an image of its size; nothing names the result yet.
+
+        deltas: whether what `base` names may be what others are made against (`novafs.delta`), where the volume has such frames.
+        """
         size = generation.size
         chunks = (size + self.chunk_size - 1) // self.chunk_size
         floor = min(layer.floor for layer in frozen)
@@ -739,12 +780,15 @@ class Image(ImageReader):
             lost_bytes, lost = await self._count_from(base, clear_from)
             stored_bytes, allocated = stored_bytes - lost_bytes, allocated - lost
         async with self._writeback.pack_writer() as writer:
+            writer.image = self.node_id
+            with_bases = deltas and writer.wants_bases
             changes: dict[ChunkIndex, bytes] = {}
             for at in range(0, len(indexes), COMMIT_BATCH_CHUNKS):
                 batch = indexes[at : at + COMMIT_BATCH_CHUNKS]
                 olds = [(await base.entries(index, 1, self._cache.fetch))[0] for index in batch]
-                plains = await self._merge(frozen, batch, olds)
-                for index, old, new in zip(batch, olds, await writer.put(plains), strict=True):
+                plains, fetched = await self._merge(frozen, batch, olds)
+                bases = [self._before(old, plain) for old, plain in zip(olds, fetched, strict=True)] if with_bases else ()
+                for index, old, new in zip(batch, olds, await writer.put(plains, bases), strict=True):
                     if index < clear_from and old != HOLE_BYTES:  # beyond, it is counted by _count_from
                         stored_bytes, allocated = stored_bytes - Reference.unpack(old).length, allocated - 1
                     if new != HOLE_BYTES:
@@ -753,7 +797,9 @@ class Image(ImageReader):
                         changes[ChunkIndex(index)] = new
                     elif new != HOLE_BYTES:  # the same content: keep the reference there was
                         stored_bytes += Reference.unpack(old).length - Reference.unpack(new).length
-            state = await base.rewrite(changes, chunks, clear_from, self._cache.fetch, writer.put_blob, writer.put_right)
+            put_over = writer.put_blob if with_bases else None
+            state = await base.rewrite(changes, chunks, clear_from, self._cache.fetch, writer.put_blob, writer.put_right, put_over)
+            stored_bytes += writer.resized_bytes
             await writer.finish()
         return Stored(state, writer.used, stored_bytes, allocated)
 
@@ -790,8 +836,8 @@ class Image(ImageReader):
             count += int(np.count_nonzero(lengths))
         return stored, count
 
-    async def _merge(self, frozen: list[Layer], indexes: Sequence[int], olds: Sequence[bytes]) -> list[bytes]:
-        """The full content of chunks as of the freeze; what was not written comes from the committed map."""
+    async def _merge(self, frozen: list[Layer], indexes: Sequence[int], olds: Sequence[bytes]) -> tuple[list[bytes], list[bytes | None]]:
+        """The full content of chunks as of the freeze; what was not written comes from the committed map: that of those that needed it."""
         overlays = [dirty.overlay(frozen, self.chunk_size, index) for index in indexes]
         needed = [
             (number, Reference.unpack(old), index << self._shift)
@@ -807,7 +853,14 @@ class Image(ImageReader):
                 merged.append(base if base is not None else bytes(self.chunk_size))
             else:
                 merged.append(bytes(dirty.compose(found, base, 0, self.chunk_size)))
-        return merged
+        return merged, [bases.get(number) for number in range(len(olds))]
+
+    def _before(self, old: bytes, plain: bytes | None) -> Base | None:
+        """What a chunk was in the committed map, where that is at hand: nothing is read for it."""
+        if old == HOLE_BYTES:
+            return None
+        plain = plain if plain is not None else self._cache.peek(old[:32])
+        return Base(Reference.unpack(old), plain) if plain is not None else None
 
     # -- other hosts, figures, walks ----------------------------------------------------------------------------
 
@@ -824,7 +877,7 @@ class Image(ImageReader):
                 raise StaleError(
                     f"{self.name}: another host wrote the image while data written here was not committed; close and reopen it"
                 )
-            if not self._is_own_fence(head.record):
+            if not self._is_own_fence(head.record) and not self._is_follower_fit():
                 self.incarnation += 1  # whoever has read the older one must not write over what he has not seen
             self._adopt(head)
             return True

@@ -27,6 +27,7 @@ import numpy.typing as npt
 import trio
 
 from novafs.chunk import HOLE_BYTES, REFERENCE_DTYPE, REFERENCE_SIZE, ChunkIndex, Reference
+from novafs.delta import Base
 from novafs.errors import ObjectCorruptError, TooLargeError
 
 FANOUT: Final = 256
@@ -39,8 +40,11 @@ Fetch = Callable[[Sequence[Reference]], Awaitable[list[bytes]]]
 """Plain content of references, in order: `ChunkCache.fetch`."""
 PutNode = Callable[[bytes], Awaitable[Reference]]
 """Stores one node, gives its reference: `PackWriter.put_blob`."""
-PutRight = Callable[[bytes], Awaitable[bytes]]
-"""A node, or a top, as it should be stored: `PackWriter.put_right` names what compactions have moved at its new places."""
+PutOver = Callable[[bytes, Base], Awaitable[Reference]]
+"""The same, of a node that takes the place of another: `PackWriter.put_blob` again."""
+PutRight = Callable[[bytes, int], Awaitable[bytes]]
+"""A node, or a top, and its level, as it should be stored: `PackWriter.put_right` names what compactions have moved at its new places.
+At level 0 the entries are those of chunks."""
 
 
 def levels_for(chunks: int) -> int:
@@ -215,18 +219,20 @@ class MapState:
         fetch: Fetch,
         put_node: PutNode,
         put_right: PutRight | None = None,
+        put_over: PutOver | None = None,
     ) -> MapState:
         """The map after a commit: entries from chunk `clear_from` on become holes, then `changes` are set; `chunks` long.
 
         `changes` are 64-byte entries. Nodes that change are stored through `put_node`, from the leaves up, each put right
-        before: a map follows compactions where it is written anyway. This state is not touched, but for nodes loaded on the way.
+        before: a map follows compactions where it is written anyway. put_over: for nodes of which this state has an older one.
+        This state is not touched, but for nodes loaded on the way.
         """
         levels = max(self.levels, levels_for(max(chunks, self.chunks)))
         edit = _Edit(self, levels, fetch)
         if clear_from < self.chunks:
             await edit.clear(clear_from)
         await edit.apply(changes)
-        return await edit.finish(chunks, put_node, put_right)
+        return await edit.finish(chunks, put_node, put_right, put_over)
 
 
 class _Edit:
@@ -295,15 +301,30 @@ class _Edit:
             at = (index & 255) << 6
             node[at : at + REFERENCE_SIZE] = raw
 
-    async def finish(self, chunks: int, put_node: PutNode, put_right: PutRight | None) -> MapState:
+    def _base_of(self, level: int, index: int) -> Base | None:
+        """What a node was in the base, where it is loaded there."""
+        base = self._base
+        plain = base._nodes[level].get(index) if level < base.levels else None
+        if plain is None or plain == EMPTY_NODE or index * FANOUT ** (level + 1) >= base.chunks:
+            return None
+        raw = base._parent_entry(level, index)
+        return Base(Reference.unpack(raw), plain) if raw != HOLE_BYTES else None
+
+    async def finish(self, chunks: int, put_node: PutNode, put_right: PutRight | None, put_over: PutOver | None) -> MapState:
         """Store the changed nodes from the leaves up; the new state, with them loaded."""
         for level in range(self._levels):
             for index in sorted(self._dirty[level]):
                 node = bytes(self._dirty[level][index])
-                if put_right is not None and (righted := await put_right(node)) is not node:
+                if put_right is not None and (righted := await put_right(node, level)) is not node:
                     node = righted
                     self._dirty[level][index] = bytearray(node)
-                raw = HOLE_BYTES if node == EMPTY_NODE else (await put_node(node)).pack()
+                before = self._base_of(level, index) if put_over is not None else None
+                if node == EMPTY_NODE:
+                    raw = HOLE_BYTES
+                elif put_over is not None and before is not None:
+                    raw = (await put_over(node, before)).pack()
+                else:
+                    raw = (await put_node(node)).pack()
                 if level == self._levels - 1:
                     self._grow_top(index + 1)
                     self._top[index * REFERENCE_SIZE : (index + 1) * REFERENCE_SIZE] = raw
@@ -314,7 +335,7 @@ class _Edit:
         entries = top_entries(chunks, self._levels)
         self._grow_top(entries)
         top = bytes(self._top[: entries * REFERENCE_SIZE])
-        state = MapState(chunks, self._levels, top if put_right is None else await put_right(top))
+        state = MapState(chunks, self._levels, top if put_right is None else await put_right(top, self._levels))
         base = self._base
         for level in range(self._levels):
             span = FANOUT ** (level + 1)

@@ -22,6 +22,7 @@ from novafs.cache.tiered import ChunkCache
 from novafs.chunk import HOLE_BYTES, Reference
 from novafs.dirty import Layer, Overlay
 from novafs.errors import FrameCorruptError
+from novafs.follow import Follower
 from novafs.generation import Generation
 from novafs.imagemap import MapState
 from novafs.patch import layer_of
@@ -98,6 +99,8 @@ class ImageReader:
         """The watcher's."""
         self._told = -1
         """The chunk that the watcher was told of last."""
+        self.follower: Follower | None = None
+        """Set while another host writes what is open for writing here: each read looks for a newer generation first."""
         self.traffic = ImageTraffic()
         self._memory_reads = cache.latencies.of("l1", "get")
         self._layers: list[Layer] = [Layer()]
@@ -152,6 +155,8 @@ class ImageReader:
     def read_nowait(self, offset: int, length: int) -> bytes | None:
         """The bytes where dirty data and L1 hold them all, without a checkpoint; None where `read` is needed."""
         began_s = perf_counter()
+        if self.follower is not None:
+            return None
         length = min(length, self.size - offset)
         if length <= 0:
             return b""

@@ -4,9 +4,11 @@
     await journal.append(records)           returns when they would survive a power cut
     journal.committed(image_id, sequence)   a generation holds everything of the image up to there: trim
 
-All callers of `append` that wait at one moment share one fdatasync. Promised: when `append` returns, every record is
-on the device; when it raises, the caller keeps the data and may call again. A failed fdatasync is never repeated on
-the same file (the kernel may have dropped the pages): the segment is given up and the records go to another one.
+All callers of `append` that wait at one moment share one sync. `start` begins to write records of which the caller expects to be asked
+soon, so that the disk works while that request is on its way; it promises nothing, and the next `append` finds it done.
+
+Promised: when `append` returns, every record is on the device; when it raises, the caller keeps the data and may call again. A failed
+sync is never repeated on the same file (the kernel may have dropped the pages): the segment is given up and the records go to another one.
 A segment is used again only when no image needs anything in it, which a crash in between turns into a segment whose
 records are all behind the heads' sequences: replay passes them by.
 """
@@ -22,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Final
+from typing import Final, NamedTuple
 
 import trio
 import xxhash
@@ -30,11 +32,12 @@ import xxhash
 from novafs import durable
 from novafs import journalfile as files
 from novafs.asynctools import GroupCommit
+from novafs.directio import DirectWriter
 from novafs.durable import FileOps
 from novafs.errors import ObjectCorruptError, PermanentError, StoreFullError
 from novafs.journalfile import Record, Segment, SegmentHeader
 from novafs.latency import Latency
-from novafs.promptly import Promptly
+from novafs.promptly import SLOW_S, Promptly
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +45,7 @@ ID_FILE: Final = "id"
 ASIDE_DIR: Final = "aside"
 """Beside the journal: what could not be replayed, for 'novafs fsck' and for people."""
 SPARES_MAX: Final = 4
-PROMPT_BYTES: Final = 64 << 10
+PROMPT_BYTES: Final = 68 << 10
 """More than this is not waited for on the spot: it is not only the device's delay that takes time."""
 _UNKEPT: Final = b"unkept"
 """Stands for an image in what is needed of a segment that is to be kept aside as a whole, and was not yet."""
@@ -64,14 +67,24 @@ class JournalStatistics:
 class _Open:
     """The segment that takes records: where the next goes, and what it holds."""
 
-    __slots__ = ("fd", "header", "path", "position", "synced")
+    __slots__ = ("direct", "fd", "header", "path", "position", "synced")
 
-    def __init__(self, fd: int, header: SegmentHeader, path: Path) -> None:
+    def __init__(self, fd: int, header: SegmentHeader, path: Path, direct: int | None) -> None:
         self.fd = fd
+        self.direct = direct
+        """The same file for a `DirectWriter`."""
         self.header = header
         self.path = path
         self.position = files.HEADER_BYTES
         self.synced = files.HEADER_BYTES
+
+
+class _Ahead(NamedTuple):
+    """Records whose writing has begun before anybody asked for it, and where they end in the current segment."""
+
+    records: Sequence[Record]
+    position: int
+    end: int
 
 
 class Journal:
@@ -83,10 +96,15 @@ class Journal:
         self._ops = ops
         self._limiter = trio.CapacityLimiter(1)  # its own, as `_disk` has: hung store calls never starve an fdatasync
         self._disk = Promptly()
+        # Whoever puts other calls in the place of the system's wants to see each of them.
+        self._writer = _direct_writer(directory) if ops is durable.SYSTEM else None
+        self._use_writer = True
         self._last_ids: set[bytes] = set()
         """Images of the last write."""
         self._group: GroupCommit[Sequence[Record]] = GroupCommit(self._write)
         self._current: _Open | None = None
+        self._ahead: _Ahead | None = None
+        """Only ever in the current segment, and nothing else is written there while it is set."""
         self._spares = sorted(directory.glob(f"*{files.SPARE_SUFFIX}"))
         # path -> image id -> highest sequence in it; Invariant: a segment leaves only when this is empty.
         self._needed: dict[Path, dict[bytes, int]] = {}
@@ -177,6 +195,64 @@ class Journal:
         if records:
             await self._group.submit(records)
 
+    def start(self, records: Sequence[Record]) -> None:
+        """Begin to write records of one image, all that wait, which an `append` is expected to name first; or do nothing.
+
+        The caller keeps them whatever happens. Nothing is done where the journal is at work, where the kernel can not do it by itself, or
+        where other images write, too: their turns are shared better by one sync for all.
+        """
+        current = self._current
+        if current is None or self._ahead is not None or self._group.running:
+            return
+        parts, start, end, count = self._encoded(current, records)
+        if count < len(records) or {record.image_id for record in records} != self._last_ids:
+            return
+        self._note_needed(current, records)
+        try:
+            if self._begin(current, start, parts, end) is not None:
+                self._ahead = _Ahead(tuple(records), start, end)
+        except OSError as error:
+            log.debug("journal %s: %s", self.directory, error)  # `append` will see whether it can be written
+
+    def _begin(self, current: _Open, start: int, parts: list[bytes], end: int) -> DirectWriter | None:
+        """Have the kernel write the bytes, where it can: whom to ask for the end. Raises OSError with nothing begun."""
+        writer = self._writer
+        if writer is None or writer.busy or current.direct is None or not self._use_writer or end - start > writer.bytes_max:
+            return None
+        try:
+            writer.begin(current.direct, start, parts)
+        except OSError:
+            self._use_writer = False
+            raise
+        if writer.seconds > SLOW_S:
+            # It was to be handed over, and was waited for: a file system that does so would hold up everybody each time.
+            log.info("journal %s: direct writes hold up the event loop (%.0f ms); using threads", self.directory, writer.seconds * 1e3)
+            self._use_writer = False
+        return writer
+
+    async def _end(self, writer: DirectWriter, *, alone: bool) -> None:
+        try:
+            await self._disk.end(writer, alone=alone)
+        except OSError:
+            self._use_writer = False
+            raise
+        finally:
+            self._ahead = None
+
+    async def _finish_ahead(self, queue: list[Record]) -> list[Record]:
+        """Wait for what was begun ahead, if anything was; what is left of the queue. Raises OSError with nothing of it counted."""
+        ahead, current, writer = self._ahead, self._current, self._writer
+        if ahead is None or current is None or writer is None:
+            return queue
+        began_s = perf_counter()
+        await self._end(writer, alone=True)
+        self.sync_latency.note(perf_counter() - began_s)
+        self._wrote(current, ahead.position, ahead.end, len(ahead.records))
+        # As they were begun, or not at all: a commit may have made them needless, and others may have come first.
+        count = len(ahead.records)
+        same = len(queue) >= count and all(record is begun for record, begun in zip(queue, ahead.records, strict=False))
+        return queue[count:] if same else queue
+
     async def _write(self, batches: list[Sequence[Record]]) -> None:
         queue = [part for batch in batches for record in batch for part in _split(record)]
         while queue:
@@ -197,11 +273,32 @@ class Journal:
 
     async def _write_some(self, queue: list[Record]) -> list[Record]:
         """Write as many as the segment takes, and sync; those that are left."""
+        queue = await self._finish_ahead(queue)
+        if not queue:
+            return queue
         size = files.RECORD_BYTES + len(queue[0].data)
         if self._current is None or files.block_end(self._current.position) + size > files.SEGMENT_BYTES:
             await self._start()
         current = self._current
         assert current is not None
+        parts, start, end, count = self._encoded(current, queue)
+        self._note_needed(current, queue[:count])
+        began_s = perf_counter()
+        # Where images take turns a thread lets them share the next fdatasync, so nobody may hold them up.
+        image_ids = {record.image_id for record in queue[:count]}
+        alone, self._last_ids = end - start <= PROMPT_BYTES and image_ids == self._last_ids, image_ids
+        await trio.lowlevel.checkpoint_if_cancelled()
+        writer = self._begin(current, start, parts, end)
+        if writer is not None:
+            await self._end(writer, alone=alone)
+        else:
+            await self._disk.run(lambda: files.append(current.fd, start, parts, ops=self._ops), alone=alone)
+        self.sync_latency.note(perf_counter() - began_s)
+        self._wrote(current, start, end, count)
+        return queue[count:]
+
+    def _encoded(self, current: _Open, queue: Sequence[Record]) -> tuple[list[bytes], int, int, int]:
+        """The bytes of as many records as the segment takes; where they begin and end in it; how many they are."""
         parts: list[bytes] = []
         start = end = files.block_end(current.position)
         count = 0
@@ -212,22 +309,20 @@ class Journal:
             parts += files.encode_record(record, current.header.seed, current.synced)
             end += size
             count += 1
-        # Noted before the write: a segment that may hold a record is not given away under it.
+        return parts, start, end, count
+
+    def _note_needed(self, current: _Open, records: Sequence[Record]) -> None:
+        """Before the write: a segment that may hold a record is not given away under it."""
         last = self._needed[current.path]
-        for record in queue[:count]:
+        for record in records:
             if record.sequence > self._committed.get(record.image_id, 0):
                 last[record.image_id] = max(last.get(record.image_id, 0), record.sequence)
-        began_s = perf_counter()
-        # Where images take turns a thread lets them share the next fdatasync, so nobody may hold them up.
-        image_ids = {record.image_id for record in queue[:count]}
-        alone, self._last_ids = end - start <= PROMPT_BYTES and image_ids == self._last_ids, image_ids
-        await self._disk.run(lambda: files.append(current.fd, start, parts, ops=self._ops), alone=alone)
-        self.sync_latency.note(perf_counter() - began_s)
+
+    def _wrote(self, current: _Open, start: int, end: int, count: int) -> None:
         self._written += end - start
         self._records += count
         self._syncs += 1
         current.position = current.synced = end
-        return queue[count:]
 
     async def _start(self) -> None:
         self._close_current()
@@ -241,7 +336,13 @@ class Journal:
         except trio.Cancelled:  # before it began
             self._spares += [spare] if spare is not None else []
             raise
-        self._current = _Open(fd, header, path)
+        direct = None
+        if self._writer is not None:
+            try:
+                direct = self._writer.open(path)
+            except OSError as error:
+                log.debug("journal %s: no direct writes here: %s", self.directory, error)
+        self._current = _Open(fd, header, path, direct)
         self._needed[path] = {}
         self._recycle()
 
@@ -255,6 +356,8 @@ class Journal:
             current, self._current = self._current, None
             self._previous = (current.header.number, current.synced)
             self._ops.close(current.fd)
+            if current.direct is not None:
+                self._ops.close(current.direct)
 
     def committed(self, image_id: bytes, sequence: int) -> None:
         """Everything of an image up to `sequence` is in a committed generation, or was set aside."""
@@ -325,8 +428,20 @@ class Journal:
 
     def close(self) -> None:
         """Close the open segment, and give back what nobody needs; nothing is lost by it, nor by not calling it."""
+        self._ahead = None  # nobody has asked for it; the kernel ends it by itself
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
         self._close_current()
         self._recycle()
+
+
+def _direct_writer(directory: Path) -> DirectWriter | None:
+    try:
+        return DirectWriter(PROMPT_BYTES)
+    except OSError as error:
+        log.debug("journal %s: no native AIO: %s", directory, error)
+        return None
 
 
 def _leftovers(directory: Path) -> list[Path]:

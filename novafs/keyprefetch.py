@@ -20,8 +20,10 @@ import trio
 
 from novafs.cacheconfig import CacheConfig
 from novafs.errors import NewerFormatError, NovaError, ObjectCorruptError
+from novafs.eviction.scorer import ScorerPolicy
 from novafs.keymodel import KeyModel
 from novafs.modelstore import load_saved, save_merged
+from novafs.pluginmodels import KeptModel, is_kept
 from novafs.registry import Guard, ModelFigures, Predictor, checked_predictions, make_predictor
 from novafs.volume import Volume
 from novafs.warming import WarmCounts
@@ -76,10 +78,21 @@ class KeyPrefetcher:
         if config.predictor != "markov":
             self._plugged = make_predictor(config.predictor)
             self._guard = Guard(config.predictor, "predictor")
+        self._kept = [KeptModel(name, kind, model, guard) for name, kind, model, guard in self._plugged_models(config) if is_kept(model)]
+        """Models of the program that are kept with the volume."""
         self._pending: OrderedDict[str, None] = OrderedDict()
         self._last: OrderedDict[int, frozenset[str]] = OrderedDict()
         """What was predicted after the last key of each stream."""
         self._seen = 0
+
+    def _plugged_models(self, config: CacheConfig) -> list[tuple[str, str, object, Guard]]:
+        found: list[tuple[str, str, object, Guard]] = []
+        if self._plugged is not None and self._guard is not None:
+            found.append((config.predictor, "predictor", self._plugged, self._guard))
+        policy = self._volume.cache.l1.policy
+        if isinstance(policy, ScorerPolicy):
+            found.append((policy.name, "scorer", policy.scorer, policy.guard))
+        return found
 
     # --- predicting -------------------------------------------------------------------------------------------
 
@@ -154,6 +167,8 @@ class KeyPrefetcher:
                 log.warning("prefetch between keys starts without a saved model: %s", error)
             except NovaError as error:
                 log.warning("prefetch between keys starts without what was learned before: %s", error)
+            for kept in self._kept:
+                await kept.load(self._volume.client)
 
     async def run(self) -> None:
         """Save now and then, until cancelled."""
@@ -163,9 +178,13 @@ class KeyPrefetcher:
 
     async def save(self) -> None:
         """Keep what was learned, where it is worth it. Raises nothing that the store raises."""
-        if self._seen < LEARNED_MIN or not self._learns or self._volume.read_only:
+        if not self._learns or self._volume.read_only:
             return
         with trio.move_on_after(TIMEOUT_S, shield=True):
+            for kept in self._kept:
+                await kept.save(self._volume.client)
+            if self._seen < LEARNED_MIN:
+                return
             try:
                 await save_merged(self._volume.client, NAME, self.model.save(), merge_keys)
                 self._seen = 0

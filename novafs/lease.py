@@ -43,8 +43,13 @@ WANTS_PREFIX: Final = "wants/"
 HANDOFFS_PREFIX: Final = "handoffs/"
 """See `novafs.handoff`."""
 POLL_S: Final = 0.5
+FIRST_POLL_S: Final = 0.05
+"""A holder is often just about to give it back: looks come quickly at first."""
 WANT_RENEW_S: Final = 5.0
 WANT_TTL_S: Final = 20.0
+WITHDRAW_S: Final = 5.0
+CURIOUS: Final = ".hot"
+"""Ends the name of a request for what is hot alone: of a host that has the image open for reading, as a live migration's target has."""
 MARGIN: Final = 0.25
 """Share of the ttl that a holder under takeover "auto" keeps as a margin: it stops acknowledging that much before."""
 
@@ -247,13 +252,15 @@ class LeaseManager:
         """beats: a client with a limiter of its own for heartbeats and requests for leases; `client` where there is none."""
         self._client = client
         self._beats = beats or client
-        self._journal_id = journal_id
+        self.journal_id = journal_id
         self.rules = rules
         self._clock_s = clock_s
         self._poll_s = poll_s
         self._unsure: dict[bytes, Lease] = {}
         self._wants_seen: dict[str, tuple[float, float]] = {}
         """Requests of others: when the store says they were renewed last, and when that was first seen here."""
+        self.curious: dict[bytes, list[bytes]] = {}
+        """Of the last `wants`: journals that ask for what is hot in an image alone."""
 
     async def acquire(self, image_id: bytes, name: str) -> Lease:
         """The lease of an image, waiting `rules.wait_s` for a holder to give it up. Raises LeaseHeldError that names the holder."""
@@ -263,6 +270,7 @@ class LeaseManager:
         # Epoch and heartbeat last seen, and when an answer of the store first showed them: `ttl_s` counts from there.
         seen: tuple[int, bytes, float] | None = None
         alive = False
+        pause_s = min(FIRST_POLL_S, self._poll_s)
         try:
             while True:
                 asked_s = self._clock_s()
@@ -270,7 +278,7 @@ class LeaseManager:
                 answered_s = self._clock_s()
                 record = head.record if head is not None else None
                 # As of when it was asked: this host may have slept with the answer in hand, while the holder went on.
-                if record is None or record.released or record.journal_id == self._journal_id or self._expired(record, seen, asked_s):
+                if record is None or record.released or record.journal_id == self.journal_id or self._expired(record, seen, asked_s):
                     lease = await self._take(chain, head)
                     if lease is not None:
                         return lease
@@ -280,22 +288,36 @@ class LeaseManager:
                     seen = (record.counter, record.heartbeat, answered_s)
                 if wanted_s is None or answered_s - wanted_s > WANT_RENEW_S:
                     wanted_s = answered_s  # before the answer: one that is lost may have been written
-                    want = WantRecord(image_id=image_id, journal_id=self._journal_id, host=HOST, nonce=new_nonce())
-                    await self._client.put(want_name(image_id, self._journal_id), seal(b"WANT", VERSION, want))
+                    await self.ask(image_id)
                 # A holder that may expire is waited for until its heartbeat has shown that it lives.
                 if answered_s >= deadline_s and (alive or not record.may_expire):
                     raise LeaseHeldError(_held(name, record))
-                await trio.sleep(self._poll_s)
+                await trio.sleep(pause_s)
+                pause_s = min(2 * pause_s, self._poll_s)
         finally:
             if wanted_s is not None:
-                with trio.move_on_after(5, shield=True):
-                    await self._withdraw(image_id)
+                await self.withdraw(image_id)
 
-    async def _withdraw(self, image_id: bytes) -> None:
-        try:
-            await self._client.delete(want_name(image_id, self._journal_id))
-        except NovaError as error:
-            log.warning("the request for the lease of image %s stays behind: %s", image_id.hex(), error)
+    async def ask(self, image_id: bytes) -> None:
+        """Ask the holder of a lease for it; to be renewed every `WANT_RENEW_S`. Raises what the store raises."""
+        await self._client.put(want_name(image_id, self.journal_id), self.request(image_id))
+
+    def request(self, image_id: bytes) -> bytes:
+        """What the object of a request holds."""
+        return seal(b"WANT", VERSION, WantRecord(image_id=image_id, journal_id=self.journal_id, host=HOST, nonce=new_nonce()))
+
+    async def withdraw(self, image_id: bytes) -> None:
+        """Take the request back, within a few seconds or not at all. Raises nothing."""
+        with trio.move_on_after(WITHDRAW_S, shield=True):
+            try:
+                await self._client.delete(want_name(image_id, self.journal_id))
+            except NovaError as error:
+                log.warning("the request for the lease of image %s stays behind: %s", image_id.hex(), error)
+
+    async def holder(self, image_id: bytes) -> LeaseRecord | None:
+        """The lease that another host holds, None where none does. Raises what the store raises."""
+        head = await lease_chain(self._client, image_id).head()
+        return head.record if head is not None and not head.record.released and head.record.journal_id != self.journal_id else None
 
     def _expired(self, record: LeaseRecord, seen: tuple[int, bytes, float] | None, now_s: float) -> bool:
         same = seen is not None and seen[:2] == (record.counter, record.heartbeat)
@@ -309,7 +331,7 @@ class LeaseManager:
             counter=head.record.counter + 1 if head is not None else 1,
             nonce=new_nonce(),
             predecessor=head.record.nonce if head is not None else b"",
-            journal_id=self._journal_id,
+            journal_id=self.journal_id,
             host=HOST,
             heartbeat=new_nonce(),
             ttl_s=self.rules.ttl_s,
@@ -341,6 +363,7 @@ class LeaseManager:
         now_s = self._clock_s()
         known, self._wants_seen = self._wants_seen, {}
         found: dict[bytes, list[bytes]] = {}
+        self.curious = {}
         for info in infos:
             modified_s, since_s = known.get(info.name, (-1.0, 0.0))
             if modified_s != info.modified_s:
@@ -350,11 +373,11 @@ class LeaseManager:
                 continue
             parts = info.name.split("/")
             try:
-                image_id, journal_id = bytes.fromhex(parts[1]), bytes.fromhex(parts[2])
+                image_id, journal_id = bytes.fromhex(parts[1]), bytes.fromhex(parts[2].removesuffix(CURIOUS))
             except (IndexError, ValueError):
                 continue
-            if journal_id != self._journal_id:
-                found.setdefault(image_id, []).append(journal_id)
+            if journal_id != self.journal_id:
+                (self.curious if parts[2].endswith(CURIOUS) else found).setdefault(image_id, []).append(journal_id)
         return found
 
 

@@ -12,6 +12,7 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from novafs.chunk import PACK_ID_SIZE, REFERENCE_DTYPE, Reference
 from novafs.errors import CorruptionError, ObjectNotFoundError
@@ -81,7 +82,7 @@ async def _ranges(volume: Volume, retention: Retention, state: MapState, bad: Ba
                 found = [(part.first, min(part.chunks, state.chunks - part.first), "its part of the map can not be read")]
             else:
                 rows = retention.forwards.resolve(part.rows)
-                found = [(part.first + int(at), 1, "") for at in np.flatnonzero(_is_bad(rows, bad))]
+                found = [(part.first + int(at), 1, "") for at in np.flatnonzero(is_bad(rows, bad))]
             for first, count, node in found:
                 if first == end and node == why:
                     end += count
@@ -93,7 +94,8 @@ async def _ranges(volume: Volume, retention: Retention, state: MapState, bad: Ba
         yield start, end - start, why
 
 
-def _is_bad(rows: Rows, bad: BadFrames) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+def is_bad(rows: Rows, bad: BadFrames) -> npt.NDArray[np.bool_]:
+    """Which of the references lead to one of the bad frames."""
     packs = pack_ids(rows)
     wanted = np.isin(packs, np.array(sorted(bad), dtype="S16")) & (rows["length"] > 0)
     for at in np.flatnonzero(wanted):

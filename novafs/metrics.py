@@ -278,6 +278,11 @@ FAMILIES: Final = (
     Family("novafs_written_plain_bytes_total", COUNTER, "Content that was stored anew, before compression.", read.one("written.new_bytes")),
     Family("novafs_written_stored_bytes_total", COUNTER, "The same, after compression.", read.one("written.stored_bytes")),
     Family("novafs_compression_ratio", GAUGE, "Content / payload of what this process has stored.", read.compression),
+    Family("novafs_delta_frames_total", COUNTER, "Chunks and map nodes that were stored as deltas.", read.one("delta.stored")),
+    Family("novafs_delta_saved_bytes_total", COUNTER, "By how much smaller those are than they would be.", read.one("delta.saved_bytes")),
+    Family("novafs_delta_reads_total", COUNTER, "Deltas that were read from L3.", read.one("delta.reads")),
+    Family("novafs_delta_base_read_bytes_total", COUNTER, "What was read from L3 to read those.", read.one("delta.base_bytes")),
+    Family("novafs_delta_resting_images", GAUGE, "Images for which deltas were found not to pay for now.", read.one("delta.resting")),
     Family(
         "novafs_collection",
         GAUGE,
@@ -306,6 +311,35 @@ FAMILIES: Final = (
         ("prefetch",),
     ),
     Family("novafs_prefetch_in_flight_chunks", GAUGE, "Prefetches under way.", read.one("prefetch.in_flight")),
+    Family(
+        "novafs_access_pattern_images",
+        GAUGE,
+        "Images that were read here, by how they are read: `idle` is too little to tell. `novafs info` has it of each.",
+        read.patterns,
+        ("pattern",),
+    ),
+    # Warming and handoffs
+    Family(
+        "novafs_warmed_chunks_total",
+        COUNTER,
+        "Chunks that were asked for ahead of need (`novafs warm`, the library, handoffs), by what came of it: brought (`fetched`), there "
+        "already (`held`), or not to be read (`failed`).",
+        read.each(fetched="warmed.fetched", held="warmed.held", failed="warmed.failed"),
+        ("result",),
+    ),
+    Family("novafs_warmed_read_bytes_total", COUNTER, "Payloads read from L3 for it.", read.one("warmed.read_bytes")),
+    Family(
+        "novafs_handoffs_total",
+        COUNTER,
+        "Images `given` up to another host (`novafs handoff`) and offers `taken`, done or `failed`: nobody answered and the image stayed; "
+        "an offer was damaged, or what is hot could not be brought.",
+        read.both(
+            read.with_label("done", read.each(given="handoffs.given", taken="handoffs.taken")),
+            read.with_label("failed", read.each(given="handoffs.given_failed", taken="handoffs.taken_failed")),
+        ),
+        ("direction", "result"),
+    ),
+    Family("novafs_handoff_chunks_total", COUNTER, "Chunks that other hosts' offers brought.", read.one("handoffs.chunks")),
     # Learning
     Family(
         "novafs_policy_cpu_seconds_total",
@@ -313,6 +347,21 @@ FAMILIES: Final = (
         "CPU seconds spent on learning, predicting and choosing.",
         read.each(prefetch="prefetch.policy_cpu_s", eviction="eviction.cpu_s"),
         ("part",),
+    ),
+    Family(
+        "novafs_model_predictions_total",
+        COUNTER,
+        "Predictions of each model that learns here: `prefetch`, whether a chunk will be used before it is evicted; `eviction` (where "
+        "`l1.policy` learns), whether it will be read again.",
+        read.model_predictions,
+        ("model",),
+    ),
+    Family(
+        "novafs_model_accuracy",
+        GAUGE,
+        "Of its predictions whose outcome is known, the share that was right.",
+        read.model_accuracy,
+        ("model",),
     ),
     Family(
         "novafs_prefetch_examples_total", COUNTER, "Candidates whose end the prefetch gate has learned from.", read.one("prefetch.examples")
@@ -368,7 +417,7 @@ FAMILIES: Final = (
         read.one("cache.fill.demotions_refused"),
     ),
     # The names of the first specification
-    Family("cache_hit_rate", GAUGE, "Chunks that a tier had / asked of it.", read.hit_rates, ("tier",)),
+    Family("cache_hit_rate", GAUGE, "Chunks that a tier had / asked of it, since the start.", read.hit_rates, ("tier",)),
     Family(
         "cache_latency_ms",
         GAUGE,
@@ -376,8 +425,8 @@ FAMILIES: Final = (
         read.milliseconds,
         ("tier", "percentile"),
     ),
-    Family("cache_prefetch_accuracy", GAUGE, "The same as novafs_prefetch_accuracy.", read.one("prefetch.accuracy")),
-    Family("cache_prefetch_count", UNTYPED, "Chunks prefetched.", read.one("prefetch.total.issued")),
+    Family("cache_prefetch_accuracy", GAUGE, "The same as novafs_prefetch_accuracy.", read.or_zero("prefetch.accuracy")),
+    Family("cache_prefetch_count", UNTYPED, "Chunks prefetched.", read.or_zero("prefetch.total.issued")),
     Family(
         "cache_dedup_ratio",
         GAUGE,
@@ -394,10 +443,10 @@ FAMILIES: Final = (
     Family(
         "cache_ml_accuracy",
         GAUGE,
-        "Predictions of the eviction model that were right / judged, where the policy learns.",
-        read.one("eviction.accuracy"),
+        "Predictions that were right / whose outcome is known, of all models that learn here; novafs_model_accuracy has it of each.",
+        read.all_accuracy,
     ),
-    Family("cache_ml_predictions", UNTYPED, "Predictions of the eviction model.", read.one("eviction.predictions")),
+    Family("cache_ml_predictions", UNTYPED, "Predictions of these models.", read.all_predictions),
 )
 
 
@@ -493,13 +542,17 @@ journal go on. It is not ready while the volume is opened or closed, at the cap 
 request has failed by it, or with `durability = "store"`.
 
 The port is read-only and takes no password: whoever may connect sees names of images and figures. Beyond loopback, put it behind
-something that asks who it is. The page is shown under an address, `localhost` or the host's own name only, so that no foreign web site can
-read it through a visitor's browser.
+something that asks who it is. The page is shown under an address, `localhost` or the host's own name (also with its domain, as
+the host's resolver knows it) only, so that no foreign web site can read it through a visitor's browser; a proxy before it must say one of
+these as `Host`.
 
 ## The metrics
 
-Tiers are `l1` (memory), `l2` (Redis) and `l3` (the store). Histograms have buckets at 1, 2.5 and 5 of each decade from 1 µs to 100 s. Where
-a figure is not known (no prefetch yet, no Redis), its metric is missing. Counters begin at 0 with the daemon.
+Tiers are `l1` (memory), `l2` (Redis) and `l3` (the store). Histograms have buckets at 1, 2.5 and 5 of each decade from 1 µs to 100 s.
+Counters begin at 0 with the daemon. A `novafs_` figure that is not known (an accuracy before anything was predicted, the L2 of a mount that
+has none) is missing: an alert that compares it stays quiet. Those that begin with `cache_` are there from the moment at which the volume
+is mounted, for each tier that it has, and are 0 until there is something to count; `cache_ml_predictions` and `cache_prefetch_count` say
+how much there was.
 
 | metric | kind | meaning |
 |---|---|---|

@@ -144,11 +144,64 @@ def requests(document: Document) -> Iterator[Buckets]:
 
 
 def milliseconds(document: Document) -> Iterator[Sample]:
-    for tier in TRAFFIC:
-        for percentile in ("p50", "p95", "p99"):
-            value = at(document, f"latency.{tier}.get.{percentile}_s")
-            if value is not None:
-                yield (tier, percentile), 1000 * float(value)
+    """Of each tier that there is; 0 before it was read."""
+    for tier in TRAFFIC if at(document, "cache") is not None else ():
+        for percentile in ("p50", "p95", "p99") if _is_there(document, tier) else ():
+            yield (tier, percentile), 1000 * float(at(document, f"latency.{tier}.get.{percentile}_s") or 0.0)
+
+
+def or_zero(path: str) -> Samples:
+    """The figure of an open volume; 0 where it is not known yet."""
+
+    def samples(document: Document) -> Iterator[Sample]:
+        if at(document, "cache") is not None:
+            yield (), float(at(document, path) or 0.0)
+
+    return samples
+
+
+def _models(document: Document) -> Iterator[tuple[str, int, int, float]]:
+    """Of each model that learns here: its name, predictions, those that were judged, and those of them that were right."""
+    if at(document, "eviction.predictions") is not None:
+        judged = int(at(document, "eviction.judged") or 0)
+        yield "eviction", int(at(document, "eviction.predictions")), judged, judged * float(at(document, "eviction.accuracy") or 0.0)
+    if at(document, "prefetch.examples") is not None:
+        yield (
+            "prefetch",
+            int(at(document, "prefetch.candidates")),
+            int(at(document, "prefetch.examples")),
+            float(at(document, "prefetch.right")),
+        )
+
+
+def model_predictions(document: Document) -> Iterator[Sample]:
+    for name, predictions, _, _ in _models(document):
+        yield (name,), float(predictions)
+
+
+def model_accuracy(document: Document) -> Iterator[Sample]:
+    """Of each model of which a prediction was judged."""
+    for name, _, judged, right in _models(document):
+        if judged:
+            yield (name,), right / judged
+
+
+def all_predictions(document: Document) -> Iterator[Sample]:
+    if at(document, "cache") is not None:
+        yield (), float(sum(predictions for _, predictions, _, _ in _models(document)))
+
+
+def all_accuracy(document: Document) -> Iterator[Sample]:
+    if at(document, "cache") is not None:
+        judged = [(judged, right) for _, _, judged, right in _models(document)]
+        yield (), sum(right for _, right in judged) / (sum(count for count, _ in judged) or 1)
+
+
+def patterns(document: Document) -> Iterator[Sample]:
+    """Of images, every one, so that one that no image shows is 0."""
+    found = at(document, "prefetch.patterns")
+    for pattern in PATTERNS if found is not None else ():
+        yield (pattern,), float(found.get(pattern, 0))
 
 
 def dedup_ratio(document: Document) -> Iterator[Sample]:
@@ -193,12 +246,19 @@ def ends(document: Document) -> Iterator[Sample]:
 
 
 def hit_rates(document: Document) -> Iterator[Sample]:
+    """Of each tier that there is; 0 before it was asked for anything."""
     for tier, path in TRAFFIC.items():
         hits, misses = at(document, f"{path}.hits"), at(document, f"{path}.misses")
-        if hits is not None and hits + misses:
-            yield (tier,), hits / (hits + misses)
+        if hits is not None and _is_there(document, tier):
+            yield (tier,), hits / ((hits + misses) or 1)
 
 
+def _is_there(document: Document, tier: str) -> bool:
+    return tier != "l2" or at(document, "cache.l2") is not None
+
+
+PATTERNS: Final = ("idle", "sequential", "periodic", "bursty", "random")
+"""`novafs.prefetch.patterns.Pattern`, which is not imported here: it loads numpy."""
 TRAFFIC: Final = {"l1": "cache.l1", "l2": "cache.l2_traffic", "l3": "cache.l3_traffic"}
 
 

@@ -19,7 +19,8 @@ from novafs.eviction.learned import LearnedPolicy
 from novafs.keymodel import KeyModel
 from novafs.keyprefetch import NAME as KEYS
 from novafs.keyprefetch import merge_keys
-from novafs.modelstore import EVICTION, PREFIX, TRIES_MAX, create_model, merge_saved, model_key, model_prefix, newest_model
+from novafs.modelstore import EVICTION, PREFIX, TRIES_MAX, create_model, merge_saved, model_key, model_prefix, model_revisions, newest_model
+from novafs.pluginmodels import PLUGIN, merge_plugins, plugin_name, read_plugin
 from novafs.prefetch.blob import BLOB_MAX
 from novafs.prefetch.gate import Gate
 from novafs.prefetch.markov import TransitionTable
@@ -66,7 +67,7 @@ CHECKS: Final[Mapping[str, Check]] = {
     EVICTION: _eviction,
     KEYS: _keys,
 }
-"""Every model there is."""
+"""Every model of NovaFS's own."""
 
 ABOUT: Final[Mapping[str, str]] = {
     TRANSITIONS: "which content follows which",
@@ -76,6 +77,7 @@ ABOUT: Final[Mapping[str, str]] = {
     EVICTION: "what L1 should keep",
     KEYS: "which key follows which, for the library",
 }
+ABOUT_PLUGIN: Final = "a program's own"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,25 +95,45 @@ class SavedModel:
 
 def check_name(name: str) -> str:
     """`name`, where it is a model's. Raises ConfigError."""
-    if name not in CHECKS:
-        raise ConfigError(f"{name!r} is no model: expected one of {', '.join(CHECKS)}")
+    if name not in CHECKS and plugin_name(name) is None:
+        raise ConfigError(f"{name!r} is no model: expected one of {', '.join(CHECKS)}, or {PLUGIN} and the name that a program registered")
     return name
+
+
+def _check_of(name: str) -> Check:
+    known = CHECKS.get(name)
+    if known is not None:
+        return known
+    registered = plugin_name(check_name(name)) or ""
+
+    def check(data: bytes, where: str, _: int) -> str:
+        record = read_plugin(data, where, registered)
+        return f"{record.kind} of a program, {len(record.data):,} bytes"
+
+    return check
+
+
+async def plugin_names(volume: Volume) -> list[str]:
+    """Models of programs that the volume has, sorted. Raises what the store raises."""
+    prefix = PREFIX + PLUGIN
+    names = {info.name.removeprefix(PREFIX).partition("/")[0] for info in await volume.client.list(prefix)}
+    return sorted(name for name in names if plugin_name(name) is not None)
 
 
 async def list_models(volume: Volume) -> list[SavedModel]:
     """Those that the volume has. Raises what the store raises."""
     found = []
-    for name, check in CHECKS.items():
-        infos = await volume.client.list(model_prefix(name), limit=1)
+    for name in (*CHECKS, *await plugin_names(volume)):
+        infos = await model_revisions(volume.client, name, newest=True)
         newest = await newest_model(volume.client, name) if infos else None
         if newest is None:
             continue
         contents = error = ""
         try:
-            contents = await trio.to_thread.run_sync(check, newest[1], f"{PREFIX}{name}", volume.chunk_size)
+            contents = await trio.to_thread.run_sync(_check_of(name), newest[1], f"{PREFIX}{name}", volume.chunk_size)
         except NovaError as problem:
             error = str(problem)
-        found.append(SavedModel(name, ABOUT[name], newest[0], infos[0].size, infos[0].modified_s, contents, error))
+        found.append(SavedModel(name, ABOUT.get(name, ABOUT_PLUGIN), newest[0], infos[0].size, infos[0].modified_s, contents, error))
     return found
 
 
@@ -120,7 +142,7 @@ async def export_model(volume: Volume, name: str) -> bytes:
     newest = await newest_model(volume.client, check_name(name))
     if newest is None:
         raise NotFoundError(f"{volume.client.url}: has no model {name!r}; 'novafs model ls' shows those it has")
-    await trio.to_thread.run_sync(CHECKS[name], newest[1], f"{PREFIX}{name}", volume.chunk_size)
+    await trio.to_thread.run_sync(_check_of(name), newest[1], f"{PREFIX}{name}", volume.chunk_size)
     return newest[1]
 
 
@@ -132,8 +154,8 @@ async def import_model(volume: Volume, name: str, data: bytes, source: str, *, r
     volume.check_writable()
     if len(data) > BLOB_MAX:
         raise ObjectCorruptError(f"{source}: has more than the {BLOB_MAX:,} bytes that a model can have")
-    contents = await trio.to_thread.run_sync(CHECKS[check_name(name)], data, source, volume.chunk_size)
-    merge = merge_keys if name == KEYS else lambda mine, theirs: merge_saved(name, mine, theirs)
+    contents = await trio.to_thread.run_sync(_check_of(check_name(name)), data, source, volume.chunk_size)
+    merge = merge_keys if name == KEYS else merge_plugins if name not in CHECKS else lambda mine, theirs: merge_saved(name, mine, theirs)
     for _ in range(TRIES_MAX):
         newest = await newest_model(volume.client, name)
         blob = data
@@ -147,11 +169,11 @@ async def import_model(volume: Volume, name: str, data: bytes, source: str, *, r
     raise RetryableError(f"{volume.client.url}: model {name!r} is saved by other hosts all the time; try again")
 
 
-async def reset_models(volume: Volume, names: Sequence[str]) -> list[str]:
-    """Forget what was learned, in the store and in L2; the names of those that were there."""
+async def reset_models(volume: Volume, names: Sequence[str], *, plugins: bool = False) -> list[str]:
+    """Forget what was learned, in the store and in L2; the names of those that were there. plugins: all that programs brought as well."""
     volume.check_writable()
     gone = []
-    for name in names:
+    for name in dict.fromkeys([*names, *(await plugin_names(volume) if plugins else ())]):
         infos = await volume.client.list(model_prefix(check_name(name)))
         await volume.client.delete_many([info.name for info in infos])
         if infos:

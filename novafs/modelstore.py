@@ -24,6 +24,7 @@ from novafs.codec import PLAIN_MAX, Codec
 from novafs.errors import NewerFormatError, NovaError, ObjectCorruptError, ObjectExistsError, ObjectNotFoundError
 from novafs.eviction.base import EvictionPolicy
 from novafs.eviction.state import check_older
+from novafs.objectstore.base import ObjectInfo
 from novafs.objectstore.client import StoreClient
 from novafs.prefetch.blob import BLOB_MAX
 from novafs.prefetch.engine import PrefetchEngine
@@ -40,6 +41,7 @@ LEARNED_MIN: Final = 50
 """Accesses that are worth a save."""
 TRIES_MAX: Final = 4
 KEPT: Final = 2
+COUNTER_MAX: Final = 1 << 62
 EVICTION: Final = "eviction"
 """What the policy behind L1 has learned; the others are the prefetch engine's."""
 
@@ -60,10 +62,26 @@ async def load_saved(client: StoreClient, name: str) -> bytes | None:
     return newest[1] if newest is not None else None
 
 
+async def model_revisions(client: StoreClient, name: str, *, newest: bool = False) -> list[ObjectInfo]:
+    """A model's revisions, newest first; of the `newest` that one alone, by a short listing where nothing foreign lies before it."""
+    if newest:
+        infos = await client.list(model_prefix(name), limit=1)
+        if not infos or _is_revision(infos[0].name):
+            return infos
+    infos = [info for info in await client.list(model_prefix(name)) if _is_revision(info.name)]
+    return infos[:1] if newest else infos
+
+
+def _is_revision(name: str) -> bool:
+    # Somebody may have put anything there; a number near the last there can be would leave no next one.
+    counter = counter_of(name)
+    return counter is not None and counter < COUNTER_MAX
+
+
 async def newest_model(client: StoreClient, name: str) -> tuple[int, bytes] | None:
     """Number and bytes of a model's newest revision; no bytes where it has more than a model can have."""
     for _ in range(TRIES_MAX):
-        infos = await client.list(model_prefix(name), limit=1)
+        infos = await model_revisions(client, name, newest=True)
         if not infos or (counter := counter_of(infos[0].name)) is None:
             return None
         if infos[0].size > BLOB_MAX:
@@ -106,8 +124,8 @@ async def create_model(client: StoreClient, name: str, counter: int, blob: bytes
         await client.create(revision_name(model_prefix(name), counter), blob)
     except ObjectExistsError:
         return False
-    old = [info.name for info in await client.list(model_prefix(name)) if counter_of(info.name) is not None]
-    await client.delete_many(old[KEPT:])
+    old = await model_revisions(client, name)
+    await client.delete_many([info.name for info in old[KEPT:]])
     return True
 
 

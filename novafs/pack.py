@@ -4,14 +4,16 @@ Layout, little endian (docs/format.md has the same tables):
 
     header, 32 bytes        magic "NOVAPK\\x01\\n" (8), pack id (16), zero (8)
     frames                  each: header of 48 bytes, then the payload
-    footer                  one row of 48 bytes for each frame, in the order of the frames
+    footer                  one row of 48 bytes for each frame, in the order of the frames; then one of 72 bytes for each base
     tail, 32 bytes          rows (u32), footer length in bytes (u32), xxh64 of pack id + footer (u64), zero (8), magic "NOVAPKFT"
 
     frame header, 48 bytes  magic "NVFR", codec (u8), zero (3), payload length (u32), plain length (u32), chunk id (32)
     footer row, 48 bytes    chunk id (32), payload offset (u32), payload length (u32), plain length (u32), codec (u8), zero (3)
+    base row, 72 bytes      payload offset of a delta frame in this pack (u32), zero (u32), a reference of its chain (64)
 
 A reference names the payload's offset, so a read needs neither header nor footer. Footers serve the dedup index,
-collection and repair; frame headers let repair find frames where a footer is damaged. Frames of chunks that
+collection and repair; frame headers let repair find frames where a footer is damaged. Base rows repeat what delta frames say
+themselves (`novafs.delta`), so that a collection knows what they need; a pack without such frames has none. Frames of chunks that
 follow each other in an image lie next to each other, so that one range request reads a run of them.
 """
 
@@ -19,14 +21,14 @@ from __future__ import annotations
 
 import secrets
 import struct
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
 import xxhash
 
 from novafs.cache.base import Frame
-from novafs.chunk import PACK_ID_SIZE, ChunkId, PackId, Reference
+from novafs.chunk import PACK_ID_SIZE, REFERENCE_DTYPE, ChunkId, PackId, Reference
 from novafs.errors import ObjectCorruptError
 
 PREFIX: Final = "packs/"
@@ -42,6 +44,7 @@ TAIL_READ_BYTES: Final = 64 << 10
 _HEADER: Final = struct.Struct("<8s16s8x")
 _FRAME: Final = struct.Struct("<4sB3xII32s")
 _ROW: Final = struct.Struct("<32sIIIB3x")
+_BASE: Final = struct.Struct("<I4x64s")
 _TAIL: Final = struct.Struct("<IIQ8x8s")
 
 FOOTER_DTYPE: Final = np.dtype(
@@ -52,7 +55,15 @@ FOOTER_DTYPE: Final = np.dtype(
         "itemsize": _ROW.size,
     }
 )
+BASE_DTYPE: Final = np.dtype([("offset", "<u4"), ("zero", "<u4"), ("base", REFERENCE_DTYPE)])
 FRAME_HEADER_BYTES: Final = _FRAME.size
+
+
+class Footer(NamedTuple):
+    """rows: of `FOOTER_DTYPE`; bases: of `BASE_DTYPE`."""
+
+    rows: bytes
+    bases: bytes
 
 
 class PackRow(NamedTuple):
@@ -91,6 +102,7 @@ class PackBuilder:
         self.pack_id = new_pack_id()
         self._parts: list[bytes] = [_HEADER.pack(MAGIC, self.pack_id)]
         self._rows: list[bytes] = []
+        self._bases: list[bytes] = []
         self.references: list[Reference] = []
         self.size = _HEADER.size
 
@@ -102,13 +114,14 @@ class PackBuilder:
         """Whether the next frame belongs into another pack."""
         return self.size >= TARGET_BYTES or len(self._rows) >= FRAMES_MAX
 
-    def add(self, chunk_id: ChunkId, frame: Frame, plain_length: int) -> Reference:
-        """Append a frame; where it will be."""
+    def add(self, chunk_id: ChunkId, frame: Frame, plain_length: int, chain: Sequence[Reference] = ()) -> Reference:
+        """Append a frame; where it will be. chain: of a delta frame."""
         length = len(frame.payload)
         offset = self.size + _FRAME.size
         self._parts.append(_FRAME.pack(FRAME_MAGIC, frame.codec, length, plain_length, chunk_id))
         self._parts.append(frame.payload)
         self._rows.append(_ROW.pack(chunk_id, offset, length, plain_length, frame.codec))
+        self._bases += [_BASE.pack(offset, base.pack()) for base in chain]
         self.size = offset + length
         reference = Reference(chunk_id, self.pack_id, offset, length, frame.codec)
         self.references.append(reference)
@@ -116,19 +129,20 @@ class PackBuilder:
 
     def finish(self) -> bytes:
         """The object's bytes. The builder is not used after."""
-        footer = b"".join(self._rows)
+        footer = b"".join([*self._rows, *self._bases])
         digest = xxhash.xxh64_intdigest(self.pack_id + footer)
         tail = _TAIL.pack(len(self._rows), len(footer), digest, FOOTER_MAGIC)
         return b"".join([*self._parts, footer, tail])
 
 
-def _footer(pack_id: PackId, end: bytes) -> bytes | int:
-    """The footer's bytes, checked, or how many bytes of the pack's end are needed."""
+def _footer(pack_id: PackId, end: bytes) -> Footer | int:
+    """The footer, checked, or how many bytes of the pack's end are needed."""
     name = pack_name(pack_id)
     if len(end) < _TAIL.size:
         raise ObjectCorruptError(f"{name}: {len(end)} bytes are too few for a pack; run 'novafs fsck'")
     rows, footer_length, digest, magic = _TAIL.unpack_from(end, len(end) - _TAIL.size)
-    if magic != FOOTER_MAGIC or footer_length != rows * _ROW.size:
+    bases_length = footer_length - rows * _ROW.size
+    if magic != FOOTER_MAGIC or bases_length < 0 or bases_length % _BASE.size:
         raise ObjectCorruptError(f"{name}: does not end in a pack's footer; run 'novafs fsck'")
     needed = int(footer_length) + _TAIL.size
     if needed > len(end):
@@ -136,7 +150,7 @@ def _footer(pack_id: PackId, end: bytes) -> bytes | int:
     footer = end[len(end) - needed : len(end) - _TAIL.size]
     if xxhash.xxh64_intdigest(pack_id + footer) != digest:
         raise ObjectCorruptError(f"{name}: the footer fails its checksum; run 'novafs fsck'")
-    return footer
+    return Footer(footer[: rows * _ROW.size], footer[rows * _ROW.size :])
 
 
 def parse_footer(pack_id: PackId, end: bytes) -> list[PackRow] | int:
@@ -145,7 +159,7 @@ def parse_footer(pack_id: PackId, end: bytes) -> list[PackRow] | int:
     Raises ObjectCorruptError where the tail or the footer is damaged or belongs to another pack.
     """
     footer = _footer(pack_id, end)
-    return footer if isinstance(footer, int) else _rows(pack_id, footer)
+    return footer if isinstance(footer, int) else _rows(pack_id, footer.rows)
 
 
 def _rows(pack_id: PackId, footer: bytes) -> list[PackRow]:
@@ -155,8 +169,8 @@ def _rows(pack_id: PackId, footer: bytes) -> list[PackRow]:
     ]
 
 
-async def read_footer_bytes(pack_id: PackId, size: int, get: Callable[[str, int, int], Awaitable[bytes]]) -> bytes:
-    """The footer of a stored pack of `size` bytes, checked: rows of `FOOTER_DTYPE`; by one range request, two for a long one.
+async def read_whole_footer(pack_id: PackId, size: int, get: Callable[[str, int, int], Awaitable[bytes]]) -> Footer:
+    """The footer of a stored pack of `size` bytes, checked; by one range request, two for a long one.
 
     Raises ObjectCorruptError, ObjectNotFoundError, StoreUnavailableError.
     """
@@ -173,8 +187,13 @@ async def read_footer_bytes(pack_id: PackId, size: int, get: Callable[[str, int,
     raise ObjectCorruptError(f"{name}: the footer is longer than the pack; run 'novafs fsck'")
 
 
+async def read_footer_bytes(pack_id: PackId, size: int, get: Callable[[str, int, int], Awaitable[bytes]]) -> bytes:
+    """The frames' rows of a stored pack, of `FOOTER_DTYPE`. Raises what `read_whole_footer` raises."""
+    return (await read_whole_footer(pack_id, size, get)).rows
+
+
 async def read_footer(pack_id: PackId, size: int, get: Callable[[str, int, int], Awaitable[bytes]]) -> list[PackRow]:
-    """The rows of a stored pack of `size` bytes. Raises what `read_footer_bytes` raises."""
+    """The rows of a stored pack of `size` bytes. Raises what `read_whole_footer` raises."""
     return _rows(pack_id, await read_footer_bytes(pack_id, size, get))
 
 

@@ -4,7 +4,8 @@ A reference names a payload's offset; the footer's offsets, sorted, turn it into
 the first reference names its pack, several at a time. Memory is 12 bytes and a bit for each frame of the packs that
 are referenced (about 100 MB for a volume of 1 TB in chunks of 64 KiB), and about half a KiB a pack.
 
-`live` bits are set by every retained reference, map nodes and directory pages included. `counts` counts those from
+`live` bits are set by every retained reference, map nodes and directory pages included, and by the chains of live delta frames
+(`novafs.delta`), which their packs' footers repeat. `counts` counts those from
 chunks of images and snapshots as they are now, once for each image: they make the figures, and decide nothing.
 
 Never wrong in the dangerous direction: a pack with a reference that its footer does not list, or whose footer can not
@@ -13,7 +14,8 @@ be read, is whole and live (`opaque`), and is neither compacted nor condemned.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
@@ -21,11 +23,13 @@ import numpy as np
 import numpy.typing as npt
 import trio
 
-from novafs import pack
+from novafs import delta, pack
 from novafs.asynctools import open_nursery
+from novafs.cache.packs import PackSource
 from novafs.chunk import PACK_ID_SIZE, PackId, Reference
+from novafs.codec import PLAIN_MAX, Codec
 from novafs.errors import CorruptionError, ObjectNotFoundError
-from novafs.forward import ForwardTable, Rows, chunk_ids, pack_ids
+from novafs.forward import ForwardTable, Rows, chunk_ids, pack_ids, rows_from
 from novafs.objectstore.base import ObjectInfo
 from novafs.objectstore.client import StoreClient
 
@@ -44,7 +48,21 @@ class BrokenReference(NamedTuple):
 class PackCount:
     """One pack: what the listing says, and, once it is referenced, its frames."""
 
-    __slots__ = ("_bits", "counts", "footer_error", "info", "lengths", "listed", "loaded", "offsets", "opaque", "pack_id", "referenced")
+    __slots__ = (
+        "_bases",
+        "_bases_taken",
+        "_bits",
+        "counts",
+        "footer_error",
+        "info",
+        "lengths",
+        "listed",
+        "loaded",
+        "offsets",
+        "opaque",
+        "pack_id",
+        "referenced",
+    )
 
     def __init__(self, pack_id: PackId, info: ObjectInfo, *, listed: bool) -> None:
         self.pack_id = pack_id
@@ -59,16 +77,36 @@ class PackCount:
         self.lengths: npt.NDArray[np.uint32] = np.empty(0, dtype=np.uint32)
         self.counts: npt.NDArray[np.uint32] = np.empty(0, dtype=np.uint32)
         self._bits: npt.NDArray[np.uint8] = np.empty(0, dtype=np.uint8)
+        self._bases: Rows = np.empty(0, dtype=pack.BASE_DTYPE)
+        self._bases_taken: npt.NDArray[np.bool_] = np.empty(0, dtype=bool)
 
-    def load(self, footer: bytes) -> None:
-        """Take the frames from the footer's bytes."""
-        rows = np.frombuffer(footer, dtype=pack.FOOTER_DTYPE)
+    def load(self, footer: pack.Footer) -> None:
+        """Take the frames from the footer."""
+        rows = np.frombuffer(footer.rows, dtype=pack.FOOTER_DTYPE)
         order = np.argsort(rows["offset"], kind="stable")
         self.offsets = rows["offset"][order]
         self.lengths = rows["length"][order]
         self.counts = np.zeros(len(rows), dtype=np.uint32)
         self._bits = np.zeros((len(rows) + 7) // 8, dtype=np.uint8)
+        self._bases = np.frombuffer(footer.bases, dtype=pack.BASE_DTYPE)
+        self._bases_taken = np.zeros(len(self._bases), dtype=bool)
         self.loaded = True
+
+    def take_bases(self) -> Rows:
+        """What live delta frames in it need, as references; of each frame once."""
+        if not len(self._bases) or self._bases_taken.all():
+            return self._bases["base"][:0]
+        frames = np.minimum(np.searchsorted(self.offsets, self._bases["offset"]), max(0, len(self.offsets) - 1))
+        new = self.live[frames] & (self.offsets[frames] == self._bases["offset"]) & ~self._bases_taken
+        self._bases_taken |= new
+        return np.ascontiguousarray(self._bases["base"][new])
+
+    def frames_over(self, is_bad: Callable[[Rows], npt.NDArray[np.bool_]]) -> list[int]:
+        """Payload offsets of live delta frames that need a frame which `is_bad`."""
+        if not len(self._bases):
+            return []
+        taken = self._bases[self._bases_taken]
+        return sorted({int(offset) for offset in taken["offset"][is_bad(np.ascontiguousarray(taken["base"]))]})
 
     def find(self, offsets: npt.NDArray[np.uint32], lengths: npt.NDArray[np.uint32]) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.bool_]]:
         """Frame numbers of payloads, and whether the footer lists each so."""
@@ -86,6 +124,10 @@ class PackCount:
         """Which frames something retained refers to."""
         found: npt.NDArray[np.bool_] = np.unpackbits(self._bits, count=len(self.offsets), bitorder="little").astype(bool)
         return found
+
+    def live_offsets(self) -> set[int] | None:
+        """Payload offsets of the live frames; None where its footer does not tell."""
+        return set(self.offsets[self.live].tolist()) if self.loaded and not self.opaque else None
 
     @property
     def live_bytes(self) -> int:
@@ -213,7 +255,7 @@ class PackTable:
             if found is None:
                 # Uploaded since the listing, by a commit that was faster than the walk, or not there at all.
                 found = PackCount(pack_id, await self._client.head(pack.pack_name(pack_id)), listed=False)
-            found.load(await pack.read_footer_bytes(pack_id, found.info.size, self._client.get))
+            found.load(await pack.read_whole_footer(pack_id, found.info.size, self._client.get))
         except ObjectNotFoundError:
             self._missing.add(pack_id)
             self.packs.pop(pack_id, None)
@@ -223,6 +265,35 @@ class PackTable:
                 found.footer_error = str(error)
         if found is not None:
             self.packs[pack_id] = found
+
+    async def add_bases(self) -> None:
+        """Count what live delta frames need, and what that needs: after all references, and before anything is judged by the counts.
+
+        Raises what the store raises.
+        """
+        asked: set[tuple[bytes, int]] = set()
+        while True:
+            rows = [found.take_bases() for found in self.packs.values()]
+            rows.append(await self._bases_unlisted(asked))
+            needed = np.concatenate(rows) if rows else rows_from(())
+            if not len(needed):
+                return
+            await self.add(needed)
+
+    async def _bases_unlisted(self, asked: set[tuple[bytes, int]]) -> Rows:
+        """Of delta frames that no footer tells of: what they say themselves. One that says nothing can not be read anyway."""
+        source = PackSource(self._client)
+        chains: list[Reference] = []
+        for pack_id, references in list(self.unlisted.items()):
+            for reference in list(references.values()):
+                key = (pack_id, reference.offset)
+                if reference.codec != Codec.HDE or reference.length > PLAIN_MAX or key in asked:
+                    continue
+                asked.add(key)
+                with contextlib.suppress(CorruptionError, ObjectNotFoundError):
+                    (payload,) = await source.read_frames([reference])
+                    chains += delta.read_chain(payload)
+        return rows_from(chains)
 
     async def load_footers(self) -> None:
         """Read every footer that no reference has made known yet: for `fsck`."""

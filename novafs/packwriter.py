@@ -9,6 +9,9 @@ Promised: before `finish` has returned, no reference that `put` gave may be made
 they name is stored (own uploads answered, dedup hits checked). An upload that fails makes `finish` raise, and nothing
 that was put counts. Chunks keep their order within packs, so neighbours in an image are neighbours in a pack.
 
+Where the caller knows what a chunk was before (`Base`), it may be stored as a delta frame (`novafs.delta`). The packs of its chain
+count as packs that the references name.
+
 A commit that takes long may be overtaken by a collection, so its caller asks `used.lost()` twice: before it creates what
 names the references, and after the answer. Where a pack was lost it stores everything again, with another writer.
 """
@@ -23,15 +26,17 @@ from dataclasses import dataclass, fields
 from time import perf_counter
 from typing import Final, NamedTuple
 
+import numpy as np
 import trio
 
 from novafs import codec as codecs
 from novafs.asynctools import open_nursery
 from novafs.cache.base import Frame
 from novafs.cache.tiered import ChunkCache
-from novafs.chunk import HOLE_BYTES, ChunkId, PackId, Reference, chunk_id, is_zero
+from novafs.chunk import HOLE_BYTES, REFERENCE_DTYPE, ChunkId, PackId, Reference, chunk_id, is_zero
 from novafs.codec import Codec
 from novafs.dedup import Deduplicator
+from novafs.delta import Base, Chain, Deltas, Trial, attempt, well_formed
 from novafs.errors import NovaError, ObjectExistsError
 from novafs.objectstore.client import StoreClient
 from novafs.pack import PackBuilder, pack_name
@@ -103,12 +108,24 @@ class UsedPacks:
 
 
 class Prepared(NamedTuple):
-    """A chunk on its way: its id (None for a hole), where it is stored already, or its frame."""
+    """A chunk on its way: its id (None for a hole), where it is stored already, or its frame; of a delta frame the chain, and the frame
+    that the tiers may have."""
 
     plain: bytes
     chunk_id: ChunkId | None
     known: Reference | None
     frame: Frame | None
+    chain: Chain = ()
+    whole: Frame | None = None
+
+
+class _Encoded(NamedTuple):
+    """frame: what is stored; whole: without a delta; trial: what trying one gave."""
+
+    frame: Frame
+    whole: Frame
+    chain: Chain = ()
+    trial: Trial | None = None
 
 
 class PackWriter:
@@ -125,8 +142,12 @@ class PackWriter:
         workers: trio.CapacityLimiter,
         cache: ChunkCache | None,
         totals: WriteCounts | None = None,
+        deltas: Deltas | None = None,
     ) -> None:
         self._totals = totals
+        self._deltas = deltas if deltas is not None and deltas.enabled else None
+        self.image = b""
+        """Whose chunks these are, where bases are given."""
         self._nursery = nursery
         self._client = client
         self._dedup = dedup
@@ -144,23 +165,67 @@ class PackWriter:
         self._error: BaseException | None = None
         self.used = UsedPacks(dedup)
         self.counts = WriteCounts()
+        self.resized_bytes = 0
+        """By how much the frames of chunks in nodes that were put right have grown: compaction makes whole ones of deltas."""
 
-    async def prepare(self, plains: Sequence[bytes]) -> list[Prepared]:
-        """Zero test, hash, dedup lookup, compression of what is new; in worker threads."""
+    @property
+    def wants_bases(self) -> bool:
+        """Whether it is of use to say what chunks were before."""
+        return self._deltas is not None
+
+    async def prepare(self, plains: Sequence[bytes], bases: Sequence[Base | None] = ()) -> list[Prepared]:
+        """Zero test, hash, dedup lookup, compression of what is new; in worker threads. bases: what the chunks were before, in the
+        same order, in the committed map that the new references take the place of; none where that is not known."""
         ids = await trio.to_thread.run_sync(_identify, plains, limiter=self._workers)
         # Taken along, because `_placed` may have forgotten them when `append` comes to them.
         placed: dict[bytes, Reference] = {i: self._placed[i] for i in ids if i is not None and i in self._placed}
         wanted = {i for i in ids if i is not None and i not in placed}
         known: dict[bytes, Reference] = {**await self._dedup.find(list(wanted)), **placed}
+        before: dict[ChunkId | None, Base | None] = dict(zip(ids, bases, strict=True)) if bases else {}
+        for chunk in wanted - known.keys():
+            # The same content again: it may stay where it is, and if that is a delta frame dedup does not know it.
+            base = before.get(chunk)
+            if base is not None and base.reference.chunk_id == chunk and not self._dedup.condemned.forbids(base.reference):
+                known[chunk] = base.reference
         fresh = {i: plain for i, plain in zip(ids, plains, strict=True) if i in wanted and i not in known}
-        frames: dict[ChunkId, Frame] = {}
+        encoded: dict[ChunkId | None, _Encoded] = {}
         if fresh:
-            encoded = await trio.to_thread.run_sync(_encode, list(fresh.values()), self._codec, self._codec_level, limiter=self._workers)
-            frames = {i: frame for i, frame in zip(fresh, encoded, strict=True) if i is not None}
-        return [
-            Prepared(plain, i, known.get(i) if i is not None else None, frames.get(i) if i is not None else None)
-            for i, plain in zip(ids, plains, strict=True)
-        ]
+            work = [(plain, *await self._chain_over(i, before.get(i))) for i, plain in fresh.items()]
+            made = await trio.to_thread.run_sync(_encode, work, self._codec, self._codec_level, limiter=self._workers)
+            encoded = dict(zip(fresh, made, strict=True))
+        for each in encoded.values():
+            if each.trial is not None and self._deltas is not None:
+                self._deltas.note_trial(self.image, each.trial, stored=each.frame.codec == Codec.HDE)
+        prepared = []
+        for i, plain in zip(ids, plains, strict=True):
+            new = encoded.get(i)
+            if new is not None:
+                prepared.append(Prepared(plain, i, None, new.frame, new.chain, new.whole))
+            else:
+                prepared.append(Prepared(plain, i, known.get(i) if i is not None else None, None))
+        return prepared
+
+    async def _chain_over(self, chunk_id: ChunkId | None, base: Base | None) -> tuple[bytes, Chain]:
+        """What a delta may be made against: content, and the chain of the frames that have it; nothing where it may not.
+
+        Each frame of the chain is named at its final place, and none is where nothing may be referred to any more.
+        """
+        deltas = self._deltas
+        if base is None or deltas is None or base.reference.chunk_id == chunk_id or not deltas.judge(self.image).wants():
+            return b"", ()
+        over = deltas.chain_over(base.reference)
+        if over is None:
+            return b"", ()
+        condemned = self._dedup.condemned
+        chain: list[Reference] = []
+        for reference in over:
+            place = Reference.unpack((await self._dedup.put_right(reference.pack()))[0])
+            if condemned.forbids(place) or place.pack_id in condemned.current.moved:
+                return b"", ()
+            chain.append(place)
+            if place.codec != Codec.HDE:  # it was when the chain was made, and has been compacted since
+                break
+        return (base.plain, tuple(chain)) if well_formed(chain) else (b"", ())
 
     async def append(self, prepared: Sequence[Prepared]) -> list[bytes]:
         """Place chunks in packs, in order; the map entry of each. Waits while `UPLOADS_MAX` packs are in flight."""
@@ -179,7 +244,10 @@ class PackWriter:
             assert item.frame is not None  # `prepare` gives a place or a frame
             if self._builder.full:
                 await self._upload()
-            reference = self._builder.add(item.chunk_id, item.frame, len(item.plain))
+            reference = self._builder.add(item.chunk_id, item.frame, len(item.plain), item.chain)
+            if item.chain and self._deltas is not None:
+                self._deltas.note(reference, item.chain, self.image)
+                self.used.packs.update(base.pack_id for base in item.chain)
             counts.new_chunks += 1
             counts.new_bytes += len(item.plain)
             counts.stored_bytes += reference.length
@@ -188,25 +256,27 @@ class PackWriter:
                 del self._placed[next(iter(self._placed))]
         self.used.packs.add(reference.pack_id)
         if self._cache is not None:
-            self._cache.add(item.chunk_id, item.plain, item.frame)
+            self._cache.add(item.chunk_id, item.plain, item.whole or item.frame)
         return reference.pack()
 
-    async def put(self, plains: Sequence[bytes]) -> list[bytes]:
-        """Map entries of plain chunks, in order: 64 bytes each, `HOLE_BYTES` for zeros."""
-        return await self.append(await self.prepare(plains))
+    async def put(self, plains: Sequence[bytes], bases: Sequence[Base | None] = ()) -> list[bytes]:
+        """Map entries of plain chunks, in order: 64 bytes each, `HOLE_BYTES` for zeros. bases: see `prepare`."""
+        return await self.append(await self.prepare(plains, bases))
 
-    async def put_blob(self, plain: bytes) -> Reference:
-        """Store a blob that is no chunk of an image (a map node, a directory page); not counted as one."""
+    async def put_blob(self, plain: bytes, base: Base | None = None) -> Reference:
+        """Store a blob that is no chunk of an image (a map node, a directory page); not counted as one. base: what it was before."""
         before = (self.counts.new_chunks, self.counts.dedup_chunks, self.counts.plain_bytes)
-        (entry,) = await self.append(await self.prepare([plain]))
+        (entry,) = await self.append(await self.prepare([plain], [base]))
         self.counts.new_chunks, self.counts.dedup_chunks, self.counts.plain_bytes = before
         return Reference.unpack(entry)
 
-    async def put_right(self, node: bytes) -> bytes:
+    async def put_right(self, node: bytes, level: int) -> bytes:
         """A map node before it is stored: what compactions have moved is named at its new place."""
-        node, packs = await self._dedup.put_right(node)
+        righted, packs = await self._dedup.put_right(node)
         self.used.packs |= packs
-        return node
+        if not level and righted is not node:
+            self.resized_bytes += _stored_bytes(righted) - _stored_bytes(node)
+        return righted
 
     def forbids(self, raw: bytes) -> bool:
         """Whether nothing may refer to the frame of a 64-byte map entry any more: a new copy takes its place."""
@@ -256,12 +326,22 @@ class PackWriter:
             self._totals = None  # once, however often this is called
 
 
+def _stored_bytes(node: bytes) -> int:
+    return int(np.frombuffer(node, dtype=REFERENCE_DTYPE)["length"].sum(dtype=np.int64))
+
+
 def _identify(plains: Sequence[bytes]) -> list[ChunkId | None]:
     return [None if is_zero(plain) else chunk_id(plain) for plain in plains]
 
 
-def _encode(plains: Sequence[bytes], codec: Codec, level: int | None) -> list[Frame]:
-    return [codecs.encode(plain, codec, level) for plain in plains]
+def _encode(work: Sequence[tuple[bytes, bytes, Chain]], codec: Codec, level: int | None) -> list[_Encoded]:
+    """Frames of contents; of those that have a base and its chain a delta frame where that is small enough."""
+    made = []
+    for plain, base, chain in work:
+        whole = codecs.encode(plain, codec, level)
+        delta, trial = attempt(plain, base, chain, whole) if chain else (None, None)
+        made.append(_Encoded(delta, whole, chain, trial) if delta is not None else _Encoded(whole, whole, (), trial))
+    return made
 
 
 @asynccontextmanager
@@ -274,11 +354,22 @@ async def open_pack_writer(
     workers: trio.CapacityLimiter,
     cache: ChunkCache | None = None,
     totals: WriteCounts | None = None,
+    deltas: Deltas | None = None,
 ) -> AsyncIterator[PackWriter]:
     """A writer for one commit. Leaving the block without `finish` abandons what was put (packs may stay, unreferenced).
 
-    totals: where what it has done is added up at `finish`.
+    totals: where what it has done is added up at `finish`. deltas: of the volume; without, or where it is not enabled, none are made.
     """
     async with open_nursery() as nursery:
-        yield PackWriter(nursery, client, dedup, codec=codec, codec_level=codec_level, workers=workers, cache=cache, totals=totals)
+        yield PackWriter(
+            nursery,
+            client,
+            dedup,
+            codec=codec,
+            codec_level=codec_level,
+            workers=workers,
+            cache=cache,
+            totals=totals,
+            deltas=deltas,
+        )
         nursery.cancel_scope.cancel()

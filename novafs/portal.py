@@ -14,6 +14,7 @@ What is promised:
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import threading
@@ -27,6 +28,8 @@ import trio
 
 from novafs.asynctools import open_nursery
 from novafs.errors import BugError, ClosedError, UnsupportedError
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -179,6 +182,29 @@ class Portal(Generic[T]):
                     answer.wait(LET_GO_S)
             raise
         return answer.result()
+
+    def spawn(self, function: Callable[[], Awaitable[object]]) -> None:
+        """Run `await function()` on the portal's thread and do not wait; nothing where it is closed, or in a child. Errors are logged.
+
+        For destructors: those run wherever the collector of garbage does, on the portal's own thread and in the middle of `call` as
+        well, so this waits for no lock and for no answer.
+        """
+        token = self._token
+        if token is None or self._pid != os.getpid():
+            return
+
+        async def task() -> None:
+            try:
+                await function()
+            except Exception as error:
+                log.warning("%s: giving something back failed: %s", self.name, error)
+
+        def start() -> None:
+            if not self._ended.done() and not self._close.is_set():
+                self._nursery.start_soon(task)
+
+        with contextlib.suppress(trio.RunFinishedError):
+            token.run_sync_soon(start)
 
     def _begin(self, start: Callable[[], object]) -> None:
         with self._lock:

@@ -40,11 +40,10 @@ log = logging.getLogger(__name__)
 
 LOG_WAKE: Final = 256
 """Hits that wait for company: one pass over so many costs a guest's next read about 10 ms at worst, and few of them anything."""
-SPARED_WAKE: Final = 32
-SPARED: Final = 8
-"""Where the store is quick and the policies are above their share of the CPU, one of so many misses is considered."""
-QUICK_S: Final = 0.003
-"""A store that answers within this costs its readers less than the policies do."""
+SPARED: Final = 16
+"""Where prefetch finds nothing to do and the policies are above their share of the CPU, one of so many misses is considered."""
+SPARED_WAKE: Final = 64
+"""The others wait for company: waking up costs as much as all that is spared."""
 LOG_MAX: Final = 4096
 RECENT_MAX: Final = 1 << 14
 STEP: Final = 64
@@ -72,12 +71,13 @@ def harmless() -> Iterator[None]:
 
 
 class _Entry(NamedTuple):
-    """Chunks `first` to `last` were read; those in `missing` were waited for."""
+    """Chunks `first` to `last` were read; those in `missing` were waited for. spared: they are noted, not considered."""
 
     image: ImageReader
     first: int
     last: int
     missing: Sequence[int]
+    spared: bool = False
 
 
 class Prefetcher:
@@ -177,19 +177,24 @@ class Prefetcher:
 
     def missed(self, image: ImageReader, first: int, last: int, missing: Sequence[int]) -> None:
         """Chunks are being read, and some of them must be fetched."""
+        number, before, self._last_miss = image.watch_number, self._last_miss, (image.watch_number, last)
+        spared = (before[0] != number or abs(first - before[1]) > 1) and self._sparing(number)
+        if spared:
+            self._spared = (self._spared + 1) % SPARED
+            spared = self._spared != 0
         if len(self._log) < LOG_MAX:
-            self._log.append(_Entry(image, first, last, missing))
+            self._log.append(_Entry(image, first, last, missing, spared))
         else:
             self._lost += 1
-        number, before, self._last_miss = image.watch_number, self._last_miss, (image.watch_number, last)
-        # Waking up costs as much as all else that is spared, so what looks random waits for more of it.
-        joined = before[0] == number and abs(first - before[1]) <= 1
-        if joined or len(self._log) >= SPARED_WAKE or not self._sparing(number):
+        if not spared or len(self._log) >= SPARED_WAKE:
             self._wake.set()
 
     def _sparing(self, number: int) -> bool:
-        """Whether misses of an image are dear: the policies are above their share of the CPU, and what they could save is little."""
-        return self.engine.hopeless(number) and not self.throttle.open and 0.0 < self.pacer.demand_s < QUICK_S
+        """Whether misses of an image are dear: the policies are above their share of the CPU, and have saved next to nothing.
+
+        However slow the store is: readers that wait for it side by side share this thread.
+        """
+        return self.engine.hopeless(number) and not self.throttle.open
 
     # -- the background -----------------------------------------------------------------------------------------
 
@@ -280,7 +285,7 @@ class Prefetcher:
     def _observe(self, entry: _Entry, now_s: float) -> None:
         engine, image = self.engine, entry.image
         base = image.watch_number << INDEX_BITS
-        skimming, sparing = not self.throttle.open, self._sparing(image.watch_number)
+        skimming = not self.throttle.open
         if skimming and entry.first == entry.last and not entry.missing and not engine.expected(base | entry.first):  # most of them
             raw = image.entry_nowait(entry.first)
             if raw is not None and raw != HOLE_BYTES:
@@ -295,14 +300,10 @@ class Prefetcher:
             place, hit = base | index, index not in entry.missing
             if skimming and hit and not engine.expected(place):
                 engine.skim(place, raw)
-            elif sparing and not hit and not engine.expected(place) and not engine.continues(place) and self._spare():
-                engine.skim(place, raw, missed=True)
+            elif entry.spared and not engine.expected(place):
+                engine.skim_miss(place, raw)
             else:
                 engine.observe(Access(place, key_of(raw), now_s, False, hit, more=index != seen[-1][0]), sparing=skimming)
-
-    def _spare(self) -> bool:
-        self._spared = (self._spared + 1) % SPARED
-        return self._spared != 0
 
     # -- fetching -----------------------------------------------------------------------------------------------
 

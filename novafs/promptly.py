@@ -5,7 +5,9 @@ a fast disk needs to write and sync one record. So while the calls of the recent
 by holding still, at most `PATIENCE_S`: that is as long as a small read takes, and a bound that holds however long the disk hangs. After it,
 and where calls are usually slower, the wait is an ordinary one and other tasks run.
 
-Always holds: the call runs in a worker thread, one at a time, and has ended when `run` returns or raises.
+A write that the kernel carries out by itself (`directio`) is waited for in the same two ways, with no thread.
+
+Always holds: the call runs in a worker thread, one at a time, and has ended when `run` returns or raises; so has the write when `end` does.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from typing import Final
 
 import outcome
 import trio
+
+from novafs.directio import DirectWriter
 
 PATIENCE_S: Final = 0.0004
 """The longest that the event loop holds still for a call."""
@@ -68,6 +72,17 @@ class Promptly:
         finally:
             if timed.seconds:
                 self.took(timed.seconds)
+
+    @trio.lowlevel.enable_ki_protection
+    async def end(self, writer: DirectWriter, *, alone: bool) -> None:
+        """Wait until the write that was begun has ended; raises OSError where it failed. Never cancelled."""
+        if alone and self.quick and writer.ended_within(PATIENCE_S):
+            self.on_the_spot += 1
+        else:
+            with trio.CancelScope(shield=True):
+                await writer.wait()
+        self.took(writer.seconds)
+        writer.result()
 
 
 class _Timed:

@@ -7,7 +7,8 @@ A model is one of two things, told by its methods:
 
 What is registered is an object that all caches share, or a class (or a function without arguments) of which each cache makes its own.
 Every answer is checked. A model that raises, or answers what is no answer, is switched off for the rest of that cache's life, with
-one warning and a count in `stats().models`; what it stood for is done by the built-in then (transitions, LRU). Models run on
+one warning and a count in `stats().models`; what it stood for is done by the built-in then (transitions, LRU). What a model with `save` and
+`load` has learned is kept with the volume (`novafs.pluginmodels`). Models run on
 the cache's own thread: one that is slow makes the cache slow, and one that calls the cache is refused (UnsupportedError).
 """
 
@@ -30,6 +31,7 @@ T = TypeVar("T")
 
 BUILT_IN: Final = frozenset({"markov", "lru", "learned", "2q", "wtinylfu", "s3fifo", "linear8"})
 PREDICTIONS_MAX: Final = 1024
+NAME_MAX: Final = 40
 
 
 @runtime_checkable
@@ -86,8 +88,8 @@ def register_model(name: str, model: object, *, replace: bool = False) -> None:
     Raises ConfigError for what is neither a Predictor nor a Scorer, and for a name that is built in; ExistsError for one that is taken,
     unless `replace`.
     """
-    if not isinstance(name, str) or not name.isidentifier():
-        raise ConfigError(f"model name {name!r}: expected letters, digits and '_', a letter first")
+    if not isinstance(name, str) or not name.isidentifier() or len(name) > NAME_MAX:
+        raise ConfigError(f"model name {name!r:.100}: expected letters, digits and '_', a letter first, at most {NAME_MAX}")
     if name.lower() in BUILT_IN:
         raise ConfigError(f"model name {name!r}: is built in; choose another")
     made = callable(model) and not isinstance(model, (Predictor, Scorer))

@@ -6,6 +6,7 @@ Retained are, as of the store's clock when the walk begins:
 - of each image that a retained catalog names, that is pinned (`novafs.pins`), leased, or younger than the grace (an import in
   flight has no name yet): the newest generation, its snapshots, the pinned ones, and those superseded less than a grace ago
 - what the maps of those refer to: nodes of all levels, and chunks, each resolved through forwards (`novafs.forward`)
+- what delta frames among those need to be read (`novafs.delta`), resolved likewise
 
 Others write while this walks, and no moment is frozen. That is sound because nothing can hide by moving: what was
 retained when the walk began stays so for a grace, so whoever copies a reference to another root leaves the old one
@@ -156,6 +157,7 @@ async def walk(volume: Volume, *, grace_s: float, progress: Progress = no_progre
     await walker.leases()
     await walker.images()
     await walker.nodes()
+    await table.add_bases()
     await walker.notes()
     return retention
 

@@ -1,6 +1,7 @@
 """Scrub: every pack is read and every frame in it verified, at a given rate; and what other copies there are of a damaged one.
 
-A frame is damaged where its payload does not decode to what hashes to its chunk id. What a scrub finds is noted for
+A frame is damaged where its payload does not decode to what hashes to its chunk id. A delta frame is tried only where something
+needs it, with what it was made against; where that can not be read, that is what is damaged, or missing. What a scrub finds is noted for
 good (`novafs.condemned`): no host makes a reference to it any more, so what is written again is stored again.
 """
 
@@ -17,7 +18,8 @@ from novafs import pack
 from novafs.asynctools import open_nursery
 from novafs.cache.packs import PackSource
 from novafs.chunk import ChunkId, PackId, Reference
-from novafs.compact import verified
+from novafs.codec import Codec
+from novafs.compact import read_bases, verified
 from novafs.errors import CorruptionError, ObjectNotFoundError
 from novafs.forward import chunk_ids
 from novafs.packcount import PackCount, PackTable
@@ -54,7 +56,8 @@ async def scrub(volume: Volume, packs: PackTable, *, rate_bytes_s: float | None 
                 data = await volume.client.get(pack.pack_name(found.pack_id))
             except ObjectNotFoundError:
                 return  # collected meanwhile; where something refers to it, the walk has said so
-            frames, damaged = await trio.to_thread.run_sync(_verify_pack, found.pack_id, data)
+            frames, damaged, deltas = await trio.to_thread.run_sync(_verify_pack, found.pack_id, data)
+            damaged += await _damaged_deltas(volume, found, data, deltas)
             result.packs += 1
             result.read_bytes += len(data)
             result.frames += frames
@@ -75,19 +78,37 @@ async def slots_free(slots: trio.CapacityLimiter) -> None:
         pass
 
 
-def _verify_pack(pack_id: PackId, data: bytes) -> tuple[int, list[Reference]]:
+def _verify_pack(pack_id: PackId, data: bytes) -> tuple[int, list[Reference], list[Reference]]:
+    """How many frames there are, those that are damaged, and those that are deltas."""
     try:
         rows = pack.parse_footer(pack_id, data)
     except CorruptionError:
         rows = 0
     if isinstance(rows, int):  # a footer that is damaged is found by the check itself; its frames may be well
         rows = pack.scan_frames(pack_id, data)
+    references = [row.reference for row in rows]
+    deltas = [reference for reference in references if reference.codec == Codec.HDE]
     damaged = [
-        row.reference
-        for row in rows
-        if verified(row.reference, data[row.reference.offset : row.reference.offset + row.reference.length]) is None
+        reference for reference in references if reference.codec != Codec.HDE and verified(reference, _payload(data, reference)) is None
     ]
-    return len(rows), damaged
+    return len(rows), damaged, deltas
+
+
+def _payload(data: bytes, reference: Reference) -> bytes:
+    return data[reference.offset : reference.offset + reference.length]
+
+
+async def _damaged_deltas(volume: Volume, found: PackCount, data: bytes, deltas: Sequence[Reference]) -> list[Reference]:
+    needed = found.live_offsets()
+    damaged = []
+    for reference in deltas:
+        if needed is not None and reference.offset not in needed:
+            continue  # what it was made against may be gone
+        payload = _payload(data, reference)
+        bases = await read_bases(volume, [reference], [payload])
+        if reference in bases and await trio.to_thread.run_sync(verified, reference, payload, bases[reference]) is None:
+            damaged.append(reference)
+    return damaged
 
 
 async def find_copies(
@@ -111,7 +132,8 @@ async def find_copies(
             row = rows[at]
             chunk_id = bytes(row["id"]).ljust(32, b"\0")
             reference = Reference(ChunkId(chunk_id), found.pack_id, int(row["offset"]), int(row["length"]), int(row["codec"]))
-            if (found.pack_id, reference.offset) not in avoid:
+            # Not a delta: it may need the very frame that is looked for.
+            if (found.pack_id, reference.offset) not in avoid and reference.codec != Codec.HDE:
                 candidates.setdefault(chunk_id, []).append(reference)
 
     if not ids:

@@ -43,13 +43,15 @@ LOCK_PAUSE_S: Final = 0.01
 
 @dataclass(frozen=True, slots=True)
 class MountRecord:
-    """One mount of this host. volume: as the user wrote it, without secrets."""
+    """One mount of this host. volume: as the user wrote it, without secrets. config_file: the TOML file that was read, absolute; "" for
+    none, and for a daemon of a version that did not note it."""
 
     mountpoint: str
     pid: int
     state_dir: str
     volume: str
     log: str
+    config_file: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,7 +283,8 @@ def _read_record(path: Path, uid: int) -> MountRecord | None:
             if os.fstat(file.fileno()).st_uid != uid:
                 return None
             found = json.loads(file.read(65536))
-        return MountRecord(**{name: found[name] for name in MountRecord.__slots__})
+        # A daemon of an older version may live longer than its version is installed.
+        return MountRecord(**{name: found[name] for name in MountRecord.__slots__ if name != "config_file" or name in found})
     except (OSError, ValueError, LookupError, TypeError):
         return None
 

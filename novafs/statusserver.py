@@ -10,15 +10,16 @@
 A server in threads of its own, which asks the trio thread through its token: a loop that does not turn is told by `/healthz` and can not
 hold the server up. What always holds: only GET and HEAD; no answer depends on anything but the path and `image=`; at most
 `REQUESTS_MAX` connections at a time, each for at most `REQUEST_S` to send its head and as long to take the answer, and one request each.
-Names of images are told to the page alone, and only where the request's Host is an address, localhost or this host's name: a
-foreign web page whose name was rebound to this address is refused (DNS rebinding). No answer may be framed, cached, or take
-a script, style or picture from elsewhere.
+Names of images are told to the page alone, and only where the request's Host is an address, localhost or this host's name, with or
+without its domain: a foreign page whose name was rebound to this address is refused (DNS rebinding). No answer may be framed, cached, or
+take a script, style or picture from elsewhere.
 """
 
 from __future__ import annotations
 
 import base64
 import concurrent.futures
+import contextlib
 import errno
 import hashlib
 import io
@@ -37,6 +38,7 @@ from functools import cache
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib import resources
+from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
 from urllib.parse import parse_qs, urlsplit
 
@@ -59,6 +61,7 @@ REQUESTS_MAX: Final = 8
 """At a time; others are turned away."""
 REQUEST_S: Final = 10.0
 HEAD_BYTES_MAX: Final = 16 << 10
+RESOLV_CONF: Final = Path("/etc/resolv.conf")
 _HOST: Final = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[^:\[\]]+)(:\d+)?")
 
 
@@ -227,7 +230,8 @@ class _Handler(BaseHTTPRequestHandler):
         if not host_is_ours(self.headers.get("Host", "")):
             return _text(
                 HTTPStatus.MISDIRECTED_REQUEST,
-                "this page is shown under an address, localhost or this host's own name only, so that no foreign site can read it",
+                f"this page is shown under an address, localhost or this host's name ({socket.gethostname()}, also with its domain) only, "
+                "so that no foreign site can read it",
             )
         if url.path == "/":
             return Answer(HTTPStatus.OK, "text/html; charset=utf-8", page().html)
@@ -288,8 +292,24 @@ def host_is_ours(host: str) -> bool:
         ipaddress.ip_address(name.split("%")[0])
     except ValueError:
         own = socket.gethostname().lower()
-        return name in ("localhost", own, own.split(".")[0])
+        return name in ("localhost", own, own.split(".")[0]) or (name.startswith(f"{own}.") and name in _full_names(own))
     return True
+
+
+def _full_names(own: str) -> set[str]:
+    """This host's name with its domain, as the host's own resolver has it: the canonical name, and each domain that it searches.
+
+    Not any domain behind the name: whoever guesses the name could make one of his own. Blocks; asked only where the name is right.
+    """
+    names: set[str] = set()
+    with contextlib.suppress(OSError, UnicodeError):
+        names.update(found[3].rstrip(".").lower() for found in socket.getaddrinfo(own, None, flags=socket.AI_CANONNAME))
+    with contextlib.suppress(OSError):
+        for line in RESOLV_CONF.read_text(errors="replace").splitlines():
+            word, *domains = line.split() or [""]
+            if word in ("search", "domain"):
+                names.update(f"{own}.{domain.rstrip('.').lower()}" for domain in domains if domain.strip("."))
+    return names - {""}
 
 
 def _listen(where: str, make: Callable[[int, tuple[Any, ...]], _Server]) -> _Server:

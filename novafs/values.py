@@ -253,22 +253,31 @@ async def _find(changes: Changes, parts: Parts) -> Entry | None:
     return entry
 
 
-async def remove_all(volume: Volume) -> int:
-    """Empty the volume, directories and all, in one commit; how many images there were."""
+async def remove_all(volume: Volume) -> list[Entry]:
+    """Empty the volume, directories and all, in one commit; the images that there were. What is made before the commit goes with it,
+    what is made after stays."""
     volume.check_writable()
-    await volume.catalog.refresh()
-    images = [entry async for entry in volume.catalog.walk() if entry.kind is not Kind.DIRECTORY]
 
-    async def operation(changes: Changes) -> None:
+    async def operation(changes: Changes) -> list[Entry]:
+        images: list[Entry] = []
         entries = list((await changes.entries(ROOT_ID)).values())
         if not entries:
-            return
+            return images
+        # Looked for here, in the state that is emptied: an image that was made a moment ago is gone as well, and must be told so.
+        waiting = list(entries)
+        while waiting:
+            entry = waiting.pop()
+            if entry.kind is Kind.DIRECTORY:
+                waiting.extend((await changes.entries(entry.node_id)).values())
+            else:
+                images.append(entry)
         root = await changes.get(ROOT_ID)
         for entry in entries:
             changes.unset(entry)
         changes.touch(root)
+        return images
 
-    await volume.catalog.change(operation)
+    images: list[Entry] = await volume.catalog.change(operation)
     for image in images:
         volume._note_unlinked(image)
-    return len(images)
+    return images

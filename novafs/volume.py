@@ -20,6 +20,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
@@ -31,13 +32,13 @@ from novafs.asynctools import open_nursery
 from novafs.cache.base import Tier
 from novafs.cache.memory import MemoryTier
 from novafs.cache.packs import PackSource
-from novafs.cache.redis import open_l2
 from novafs.cache.tiered import ChunkCache
 from novafs.catalog import Catalog, CatalogRecord, catalog_chain, root_entry
 from novafs.catalogtree import ROOT_ID, XATTR_BYTES_MAX, XATTR_NAME_BYTES_MAX, Entry, Kind, check_name
 from novafs.chunk import CHUNK_SIZE_DEFAULT
 from novafs.config import Config
 from novafs.dedup import DedupIndex, Deduplicator
+from novafs.delta import Deltas
 from novafs.durable import FileOps
 from novafs.errors import (
     ConfigError,
@@ -57,6 +58,7 @@ from novafs.errors import (
 from novafs.events import EventRing
 from novafs.eviction.base import EvictionPolicy, make_policy
 from novafs.eviction.learned import LearnedPolicy
+from novafs.follow import Follower
 from novafs.generation import Generation, generation_chain
 from novafs.image import Image, mistake
 from novafs.imagereader import ImageTraffic
@@ -75,6 +77,7 @@ from novafs.prefetcher import Prefetcher
 from novafs.recovery import recover
 from novafs.revisions import Chain, ConflictError, Head, boot_time_s, new_nonce
 from novafs.superblock import Superblock, create_superblock, read_superblock
+from novafs.tally import Tally
 from novafs.writeback import COMMITS_MAX, WritebackController, WritebackRules
 
 if TYPE_CHECKING:
@@ -84,6 +87,8 @@ log = logging.getLogger(__name__)
 
 ATTRIBUTES_AGE_S: Final = 1.0
 """How long the size and times of an image that is not open here may lag behind another host's commits."""
+OPEN_UNDONE_S: Final = 60.0
+"""For closing an image whose opening failed after all."""
 HINT_INTERVAL_S: Final = 1.0
 USAGE_AGE_S: Final = 30.0
 HEADS_MAX: Final = 4096
@@ -94,9 +99,11 @@ HEADS_BYTES_MAX: Final = 16 << 20
 SNAPSHOTS_NAME: Final = ".snapshots"
 """Where a mount shows snapshots (`novafs.namespace`): no image or directory of the root has this name."""
 CLOSE_TIMEOUT_S: Final = 60.0
-POLICY_CPU_SHARE: Final = 0.05
-POLICY_SLICES_MAX: Final = 50
-"""Slices of learning, of about half a millisecond, in each second."""
+POLICY_CPU_SHARE: Final = 0.035
+POLICY_CPU_SHARE_BESIDE: Final = 0.02
+"""Of the process's time: what L1's policy may spend, alone and beside prefetch, which has its own (`novafs.prefetch.throttle`)."""
+POLICY_PAUSE_S: Final = 0.002
+"""Between two slices of learning, of about half a millisecond each."""
 MODELS_TIMEOUT_S: Final = 10.0
 """What the end of a volume waits for what prefetch has learned: it is only worth time."""
 BEATS_MAX: Final = 4
@@ -124,8 +131,11 @@ class VolumeUsage:
     images: int
 
 
-async def init_volume(client: StoreClient, *, chunk_size: int = CHUNK_SIZE_DEFAULT) -> Superblock:
-    """Make an empty volume, its root directory the caller's. Raises VolumeExistsError, ConfigError (a store without create-only writes)."""
+async def init_volume(client: StoreClient, *, chunk_size: int = CHUNK_SIZE_DEFAULT, delta: bool = False) -> Superblock:
+    """Make an empty volume, its root directory the caller's. delta: one that may hold delta frames (`novafs.delta`).
+
+    Raises VolumeExistsError, ConfigError (a store without create-only writes).
+    """
     await check_create_only(client)
     # The catalog first: a superblock without one would look like a volume that lost its names. A catalog that an
     # interrupted `init` left is as empty as the one this would make.
@@ -137,7 +147,7 @@ async def init_volume(client: StoreClient, *, chunk_size: int = CHUNK_SIZE_DEFAU
         except NovaError:
             if await chain.head_counter() is None:
                 raise
-    return await create_superblock(client, chunk_size=chunk_size)
+    return await create_superblock(client, chunk_size=chunk_size, delta=delta)
 
 
 async def check_create_only(client: StoreClient) -> None:
@@ -185,15 +195,7 @@ async def open_volume(
             policy=_policy(config),
         )
         stack.callback(l1.close)
-        l2 = await trio.to_thread.run_sync(
-            lambda: open_l2(
-                config.l2.url.reveal(),
-                capacity_bytes=config.l2.capacity_bytes,
-                volume_id=superblock.volume_id,
-                state_dir=config.state_dir,
-                timeout_s=config.l2.timeout_s,
-            )
-        )
+        l2 = await trio.to_thread.run_sync(_open_l2, config, superblock.volume_id)
         if l2 is not None:
             # In a thread: it may wait for other users of an embedded server.
             stack.push_async_callback(_close_l2, l2)
@@ -271,6 +273,20 @@ async def _put_off(volume: Volume, end: trio.CancelScope) -> None:
             end.deadline = trio.current_time() + CLOSE_TIMEOUT_S
 
 
+def _open_l2(config: Config, volume_id: str) -> Tier | None:
+    if config.l2.url == "none":
+        return None
+    from novafs.cache.redis import open_l2  # loads the client of Redis: a seventh of what a command without L2 takes to begin
+
+    return open_l2(
+        config.l2.url.reveal(),
+        capacity_bytes=config.l2.capacity_bytes,
+        volume_id=volume_id,
+        state_dir=config.state_dir,
+        timeout_s=config.l2.timeout_s,
+    )
+
+
 async def _close_l2(l2: Tier) -> None:
     with trio.move_on_after(CLOSE_TIMEOUT_S, shield=True):
         await trio.to_thread.run_sync(l2.close)
@@ -305,7 +321,7 @@ def _head_bytes(head: Head[Generation]) -> int:
 def _policy(config: Config) -> EvictionPolicy:
     policy = make_policy(config.l1.policy)
     if isinstance(policy, LearnedPolicy):
-        policy.limit_cpu(POLICY_CPU_SHARE)
+        policy.limit_cpu(POLICY_CPU_SHARE_BESIDE if config.prefetch.enabled else POLICY_CPU_SHARE)
     policy.set_learning_rate(config.learning.rate)
     return policy
 
@@ -383,6 +399,8 @@ class Volume:
             events=self.events,
             latencies=self.latencies,
         )
+        self.deltas = Deltas(enabled=config.l3.delta and superblock.delta)
+        cache.on_delta_read = self.deltas.note_read
         self.writes = WriteCounts()
         """What commits of this process have stored."""
         self._past_traffic = ImageTraffic()
@@ -396,7 +414,12 @@ class Volume:
         self._workers = trio.CapacityLimiter(2)
         self.warm_threads: trio.CapacityLimiter | None = None
         """Of `novafs.warming`."""
+        self.tally = Tally()
         self._images: dict[bytes, Image] = {}
+        self._followers: dict[bytes, Follower] = {}
+        """The last one of each image, until its request is taken back."""
+        self._let_go: set[bytes] = set()
+        """Images whose lease is to be given back although readers have them open."""
         self._views: set[Image] = set()
         host_id = journal.journal_id if journal is not None else secrets.token_bytes(16)
         self.pins = Pins(client, host_id, opened=self._opened, grace_s=self.grace_s)
@@ -420,12 +443,14 @@ class Volume:
             workers=self._workers,
             cache=self.cache if cache else None,
             totals=self.writes,
+            deltas=self.deltas,
         )
 
     async def start(self, nursery: trio.Nursery) -> None:
         """Start what runs in the background for as long as the volume is open."""
         await self.writeback.run(nursery)
         nursery.start_soon(self._run_background)
+        nursery.start_soon(self._run_learning)
         if self.prefetcher is not None and self.models is not None:
             nursery.start_soon(self.prefetcher.run, nursery)
             nursery.start_soon(self.models.run)
@@ -447,6 +472,7 @@ class Volume:
         """Work with the live keys of `config` (`novafs.reload`) from now on; L1's capacity is the caller's matter: it takes time."""
         self.config = config
         self.client.io_timeout_s = config.store.io_timeout_s
+        self.deltas.enabled = config.l3.delta and self.superblock.delta
         self.writeback.set_rules(_writeback_rules(config))
         if self.writeback.leases is not None:
             self.writeback.leases.rules = _lease_rules(config)
@@ -467,10 +493,7 @@ class Volume:
             await trio.sleep(HINT_INTERVAL_S)
             self._trim_maps()
             self.latencies.tick(trio.current_time())
-            for _ in range(POLICY_SLICES_MAX):
-                if not self.cache.l1.work():
-                    break
-                await trio.lowlevel.checkpoint()
+            self.cache.l1.weigh()
             try:
                 await self._forget_idle_images()
                 await self._flush_hints()
@@ -478,6 +501,19 @@ class Volume:
                 log.warning("sizes in the catalog lag behind: %s", error)
             except Exception:  # a mistake here must not end the volume
                 log.exception("sizes in the catalog lag behind")
+
+    async def _run_learning(self) -> None:
+        """L1's policy learns, a slice at a time: it stops by itself where it has spent what it may."""
+        while True:
+            await trio.sleep(HINT_INTERVAL_S)
+            try:
+                while True:
+                    await trio.sleep(POLICY_PAUSE_S)
+                    if not self.cache.l1.work():
+                        break
+            except Exception:  # a mistake here must not end the volume; it costs hits
+                log.exception("eviction: a mistake in NovaFS; please report it. L1 goes on with what was learned")
+                return
 
     def _trim_maps(self) -> None:
         budget = self.config.l1.capacity_bytes // MAP_SHARE
@@ -761,8 +797,92 @@ class Volume:
             self._note_hint(image)
             await self._forget_idle(image)
 
+    async def open_to_write(self, node_id: bytes) -> tuple[Image, bool]:
+        """`open_image`, and whether another host holds the lease, so that the image is to be followed (`follow`)."""
+        self._let_go.discard(node_id)
+        known, leases = self._images.get(node_id), self.writeback.leases
+        if leases is None or self.read_only or (known is not None and known.lease is not None):
+            return await self.open_image(node_id), False
+        image: Image | None = None
+        held = False
+
+        async def look() -> None:
+            nonlocal held
+            held = await leases.holder(node_id) is not None
+
+        try:
+            async with open_nursery() as nursery:
+                nursery.start_soon(look)
+                image = await self.open_image(node_id)
+        except BaseException:
+            if image is not None:
+                with trio.move_on_after(OPEN_UNDONE_S, shield=True):
+                    await self.close_image(image)
+            raise
+        return image, held
+
+    def look_ahead(self, image: Image) -> None:
+        """An image was opened for reading past the page cache, perhaps by an emulator that waits for a machine: in the background, ask who
+        writes it for what is hot."""
+        if self.receiver is not None and image.lease is None and not image.read_only:
+            self.writeback.start(partial(self.receiver.ask, image))
+
+    async def follow(self, image: Image, changed: Callable[[], None]) -> None:
+        """An image was opened for writing that another host writes: ask that for the lease, wait for its answer (at most
+        `lease.wait`), and look for what it has committed before each read, until `let_go`. See `novafs.follow`.
+
+        changed: called whenever the content has become another by that.
+        """
+        leases = self.writeback.leases
+        if leases is None or image.lease is not None or image.node_id in self._unlinked:
+            return
+        if image.follower is None:
+            after = self._followers.get(image.node_id)
+            follower = Follower(image, leases, changed=changed, read_before=image.handles > 1, after=after)
+            image.follower = self._followers[image.node_id] = follower
+            self.writeback.start(partial(self._run_follower, follower, image.node_id))
+        await image.follower.answered(self.config.lease.wait_s)
+
+    async def _run_follower(self, follower: Follower, node_id: bytes) -> None:
+        try:
+            await follower.run()
+        except Exception:  # a mistake here must not end the volume; each read still looks for a newer generation
+            log.exception("following an image of another host: a mistake in NovaFS; please report it")
+        finally:
+            if self._followers.get(node_id) is follower:
+                del self._followers[node_id]
+
+    async def let_go(self, image: Image) -> None:
+        """Nobody here has the image open for writing any more: commit, and give the lease back, although readers keep it open.
+
+        The next host need not wait for those: the emulator that a machine was migrated away from keeps its disk open. What
+        fails is tried again in the background.
+        """
+        if image.node_id in self._unlinked or self._images.get(image.node_id) is not image:
+            return
+        if image.follower is not None:
+            image.follower.stop()
+            image.follower = None
+        if image.lease is None and not image.leaving:
+            return
+        self._let_go.add(image.node_id)
+        try:
+            await image.commit()
+            await self._release_let_go(image)
+        except NovaError as error:
+            log.warning("%s: its lease is given back later: %s", image.name, error)
+
+    async def _release_let_go(self, image: Image) -> None:
+        if image.node_id in self._let_go and not image.dirty:
+            await image.release_lease()
+            if image.lease is None and not image.leaving:
+                self._let_go.discard(image.node_id)
+
     async def _forget_idle(self, image: Image) -> None:
         """Give back the lease of an image that nobody has open and that is clean, and forget it."""
+        if not image.handles and image.follower is not None:
+            image.follower.stop()
+            image.follower = None
         unlinked = image.node_id in self._unlinked
         if image.handles or (image.dirty and not unlinked):
             return
@@ -792,6 +912,9 @@ class Volume:
         for image in list(self._images.values()):
             if not image.handles and not image.dirty:
                 await self._forget_idle(image)
+            elif image.node_id in self._let_go:
+                await self._release_let_go(image)
+        self._let_go &= self._images.keys()
 
     async def open_snapshot(self, node_id: bytes, counter: int, *, name: str) -> Image:
         """A read-only view of one retained generation, with one handle; it is not shared. Raises ObjectNotFoundError."""
@@ -960,7 +1083,8 @@ class Volume:
                 "read_only": self.read_only,
                 "host_id": self.pins.host_id.hex(),
             },
-            "handoffs": {"taken": self.receiver.taken, "chunks": self.receiver.warmed} if self.receiver is not None else None,
+            "handoffs": asdict(self.tally.handoffs),
+            "warmed": asdict(self.tally.warmed),
             "catalog_revision": self.catalog.revision,
             "images_open": len(self._images),
             "data_at_risk": asdict(self.writeback.at_risk),
@@ -973,6 +1097,7 @@ class Volume:
             "leases": asdict(self.writeback.lease_statistics()),
             "traffic": asdict(self._traffic()),
             "written": asdict(self.writes),
+            "delta": asdict(self.deltas.statistics()),
             "latency": {s: {o: asdict(f) for o, f in found.items()} for s, found in self.latencies.figures().items()},
             "events": dict(self.events.counts),
             "collection": dict(self.dedup.condemned.current.summary),

@@ -118,6 +118,14 @@ async def warm_chunks(volume: Volume, image: ImageReader, spans: Iterable[Span],
     Raises what reading the image's map raises.
     """
     counts = WarmCounts()
+    try:
+        await _warm_chunks(volume, image, spans, counts, l1=l1, l2=l2)
+    finally:
+        volume.tally.warmed.note(fetched=counts.fetched, held=counts.held, failed=counts.failed, read_bytes=counts.read_bytes)
+    return counts
+
+
+async def _warm_chunks(volume: Volume, image: ImageReader, spans: Iterable[Span], counts: WarmCounts, *, l1: bool, l2: bool) -> None:
     # What is under way is accounted in L1: in a small one it must not push out what was read.
     per_batch = max(1, min(BATCH_BYTES, volume.cache.l1.capacity_bytes // L1_SHARE) // volume.chunk_size)
     for part in cut(spans, per_batch):
@@ -138,7 +146,6 @@ async def warm_chunks(volume: Volume, image: ImageReader, spans: Iterable[Span],
             await _into_l1(volume, list(places.values()), counts)
         elif lacking:  # L2 would not take them by itself: by way of L1
             await _into_l1(volume, lacking, counts)
-    return counts
 
 
 async def _into_l1(volume: Volume, places: Sequence[tuple[Reference, int]], counts: WarmCounts) -> None:
@@ -180,13 +187,15 @@ async def _into_l2(
         reference.chunk_id: frame for reference, _ in lacking if (frame := cache.l1.frame(reference.chunk_id)) is not None
     }
     left = [item for item in lacking if item[0].chunk_id not in frames and item[0].length <= PLAIN_MAX]
+    deltas = [item for item in left if item[0].codec == Codec.HDE]  # nothing for L2 as they are: by way of L1
+    left = [item for item in left if item[0].codec != Codec.HDE]
     try:
         payloads = await PackSource(volume.client).read_frames([reference for reference, _ in left])
     except RetryableError:
         raise
     except NovaError as error:
         log.debug("warming L2 by way of L1, where packs are looked for: %s", error)
-        return left
+        return left + deltas
     counts.read_bytes += sum(map(len, payloads))
     items: list[tuple[bytes, Frame]] = [
         (reference.chunk_id, Frame(reference.codec, payload)) for (reference, _), payload in zip(left, payloads, strict=True)
@@ -195,7 +204,7 @@ async def _into_l2(
     await trio.to_thread.run_sync(l2.put_many, good, limiter=threads)
     if last:
         counts.fetched += len(good)
-    return [item for item in left if item[0].chunk_id not in good]
+    return [item for item in left if item[0].chunk_id not in good] + deltas
 
 
 def _threads(volume: Volume) -> trio.CapacityLimiter:

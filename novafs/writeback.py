@@ -47,6 +47,8 @@ log = logging.getLogger(__name__)
 LEASES_DIR: Final = "leases"
 COMMITS_MAX: Final = 4
 RETRY_S: Final = 1.0
+WANTS_POLL_S: Final = 1.0
+"""How often a host that holds a lease looks for who asks for it: one listing each time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +116,8 @@ class WritebackController:
         self._committing: set[bytes] = set()
         self._answering: set[bytes] = set()
         self.on_wanted: Callable[[Image, list[bytes]], Awaitable[None]] | None = None
-        """Called when the journals that ask for an image's lease have been answered. Raises nothing."""
+        """Called when the journals that ask for an image's lease have been answered, and with those that ask for what is hot alone.
+        Raises nothing."""
         self._ops = ops
         self._disk = trio.CapacityLimiter(4)  # for small files beside the journal
         self.events = events if events is not None else EventRing()
@@ -299,6 +302,7 @@ class WritebackController:
         nursery.start_soon(self._commit_by_pressure)
         if self.leases is not None:
             nursery.start_soon(self._keep_leases, self.leases)
+            nursery.start_soon(self._watch_wants, self.leases)
 
     async def _commit_by_age(self) -> None:
         while True:
@@ -354,6 +358,24 @@ class WritebackController:
             await trio.sleep(leases.rules.ttl_s / 3)
             await self.beat(leases)
 
+    async def _watch_wants(self, leases: LeaseManager) -> None:
+        """Answer who asks sooner than the next heartbeat would."""
+        while True:
+            await trio.sleep(min(WANTS_POLL_S, leases.rules.ttl_s / 3))
+            held = [(image, image.lease) for image in list(self._images()) if image.lease is not None]
+            if not held:
+                continue
+            try:
+                wanted = await leases.wants()
+            except NovaError as error:
+                log.debug("which hosts ask for leases can not be told: %s", error)
+                continue
+            for image, lease in held:
+                if image.lease is lease and (asking := wanted.get(image.node_id)):
+                    self._start_answer(image, lease, asking)
+                if self.on_wanted is not None and (curious := leases.curious.get(image.node_id)):
+                    await self.on_wanted(image, curious)
+
     async def beat(self, leases: LeaseManager) -> None:
         """One heartbeat of every lease; who asked for one is answered by it, once what was fsynced is in the store."""
         held = [(image, image.lease) for image in list(self._images()) if image.lease is not None]
@@ -370,14 +392,19 @@ class WritebackController:
                 nursery.start_soon(self._beat_one, image, lease, wanted.get(image.node_id, []) if wanted is not None else None)
 
     async def _beat_one(self, image: Image, lease: Lease, wanted: list[bytes] | None) -> None:
-        if wanted and not lease.wanted and self._nursery is not None:
-            # Not here: a commit may take long, and the other heartbeats must not wait for it.
-            self._answering.add(image.node_id)
-            self._nursery.start_soon(self._answer, image, lease, wanted)
+        if wanted:
+            self._start_answer(image, lease, wanted)
         if image.node_id in self._answering:
             wanted = None
         if await self._send_beat(image, lease, wanted) and wanted is not None:
             lease.asked = bool(wanted)
+
+    def _start_answer(self, image: Image, lease: Lease, wanted: list[bytes]) -> None:
+        """Not in the caller: a commit may take long, and other heartbeats must not wait for it."""
+        if set(wanted) <= set(lease.record.acknowledged) or image.node_id in self._answering or self._nursery is None:
+            return
+        self._answering.add(image.node_id)
+        self._nursery.start_soon(self._answer, image, lease, wanted)
 
     async def _answer(self, image: Image, lease: Lease, wanted: list[bytes]) -> None:
         """Acknowledge that others ask for the lease. From then on every fsync reaches the store; what came before must be there, too."""

@@ -121,14 +121,16 @@ class Core(pyfuse3.Operations):
     def describe(self, call: str, arguments: tuple[Any, ...]) -> str:
         """See `errnos.Describes`."""
         subject: object = arguments[0] if arguments else ""
-        if call in ("flush", "fsync", "release", "read", "write") and (handle := self._handles.get(arguments[0])) is not None:
-            subject = self._path(handle.node)
-        elif call in ("readdir", "releasedir", "fsyncdir") and (listing := self._listings.get(arguments[0])) is not None:
-            subject = self._path(listing.node)
+        if call in ("flush", "fsync", "release", "read", "write"):
+            handle = self._handles.get(arguments[0])
+            subject = self._path(handle.node) if handle is not None else f"of handle {subject}"
+        elif call in ("readdir", "releasedir", "fsyncdir"):
+            listing = self._listings.get(arguments[0])
+            subject = self._path(listing.node) if listing is not None else f"of listing {subject}"
         elif isinstance(subject, int) and (node := self._nodes.known(subject)) is not None:
             subject = self._path(node)
             if len(arguments) > 1 and isinstance(arguments[1], bytes):
-                subject = f"{subject}/{os.fsdecode(arguments[1])}"
+                subject = f"{subject.rstrip('/')}/{os.fsdecode(arguments[1])}"
         return f"{call} {subject}"
 
     def _path(self, node: Node) -> str:

@@ -22,6 +22,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Final, NoReturn
 
@@ -150,8 +151,14 @@ class NovaOperations(DirectoryHandlers, XattrHandlers):
             raise ReadOnlyError(f"{self._path(node)}: is a snapshot")
         before = node.image if node.handles else None
         size_told, generation_before = (before.size, before.generation) if before is not None else (node.size_told, -1)
-        image = await self._catalog.open_image(entry.node_id)
-        # No checkpoint between here and the end, but for truncation, failures and the invalidation.
+        held = False
+        if writable:
+            image, held = await self._volume.open_to_write(entry.node_id)
+        else:
+            image = await self._catalog.open_image(entry.node_id)
+            if flags & os.O_DIRECT:
+                self._volume.look_ahead(image)
+        # No checkpoint between here and the end, but for following, truncation, failures and the invalidation.
         continuous = before is image and node.handles > 0
         same = continuous and image.generation == generation_before
         if not same and image.size != size_told and not flags & os.O_TRUNC and ctx.pid not in node.retried:
@@ -159,6 +166,15 @@ class NovaOperations(DirectoryHandlers, XattrHandlers):
             await self._volume.close_image(image)
             raise StaleError(f"{self._path(node)}: the kernel takes it to have {size_told} bytes, it has {image.size}")
         node.retried.discard(ctx.pid)
+        if held:
+            try:
+                await self._volume.follow(image, partial(self._changed_elsewhere, node))
+            except BaseException:
+                with trio.move_on_after(CLOSE_TIMEOUT_S, shield=True):
+                    await self._volume.close_image(image)
+                raise
+            continuous = node.image is image and node.handles > 0
+            same = same and continuous and image.generation == generation_before
         keep = same or (not continuous and image.generation == node.cached_generation)
         known = same or image.generation == node.generation_told
         node.cached_generation = image.generation
@@ -252,11 +268,20 @@ class NovaOperations(DirectoryHandlers, XattrHandlers):
         """The last descriptor of this handle is closed. Nobody sees the answer, so a failure is only logged."""
         handle = self._handles[fh]
         try:
+            if handle.writable and handle.image.handles > 1 and not self._others_write(handle):
+                await self._volume.let_go(handle.image)
             await self._close(handle.node, handle.image)
         finally:
             del self._handles[fh]
             handle.node.handles -= 1
             self._nodes.let_go(handle.node)
+
+    def _others_write(self, handle: Handle) -> bool:
+        return any(h.writable and h.image is handle.image for h in self._handles.values() if h is not handle)
+
+    def _changed_elsewhere(self, node: Node) -> None:
+        """The host that writes an image which is open for writing here, too, has committed: the kernel's pages are older than that."""
+        self._invalidator.inode(node.inode)
 
     # -- names --------------------------------------------------------------------------------------------------
 

@@ -47,6 +47,7 @@ from novafs.reload import Reloaded, Reloader
 from novafs.statedir import CONTROL_SOCKET
 from novafs.volume import Volume, open_volume
 from novafs_mount import host, mountpoint
+from novafs_mount.busypoll import busy_poll
 from novafs_mount.errnos import told
 from novafs_mount.filesystem import NovaOperations
 from novafs_mount.invalidate import Invalidator
@@ -75,25 +76,27 @@ def run(
     ready: Callable[[], None],
     reread: Callable[[], Config] | None = None,
     changed: Callable[[Config], None] = lambda _: None,
+    dead: mountpoint.Device | None = None,
 ) -> int:
     """Mount the volume of `config` at `directory` and serve it until it is unmounted; the exit status.
 
     Called on the main thread of the process that is to be the daemon, and at most once in it: pyfuse3 has one session.
     foreground: how the start is logged, and whether a service manager started this very process and is to be told.
-    ready: see the module. reread: reads the configuration again, blocking; changed: is told what has come of that.
+    ready: see the module. reread: reads the configuration again, blocking; changed: is told what has come of that. dead: of a mount that
+    is there, of a daemon that has died.
     Raises MountError and what `open_volume` raises.
     """
     notifier = Notifier.from_environment() if foreground else Notifier()
     if notifier.watchdog_s is not None:
         # systemd ends a daemon that hangs with SIGABRT: then the log has where each thread hung.
         faulthandler.enable()
-    path = mountpoint.prepare(directory, allow_other=options.allow_other)
+    path = mountpoint.prepare(directory, allow_other=options.allow_other, dead=dead)
     privileges = host.protect_process()
     # Before and after trio's own handlers are in place, a signal must not kill: at the end everything is committed, but
     # exit handlers still run. trio restores what it found, so these stay for the rest of the process.
     for number in (*_ENDING, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    daemon = _Daemon(config, path, options, ready, notifier, Reloader(config, reread or (lambda: config), changed))
+    daemon = _Daemon(config, path, options, ready, notifier, Reloader(config, reread or (lambda: config), changed), dead)
     log.info("starting%s, process %d%s", "" if foreground else " in the background", os.getpid(), _listed(privileges))
     notifier.status(f"opening {config.volume}")
     try:
@@ -119,8 +122,10 @@ class _Daemon:
         ready: Callable[[], None],
         notifier: Notifier,
         reloader: Reloader,
+        dead: mountpoint.Device | None,
     ) -> None:
         self._config = config
+        self._dead = dead
         self._notifier = notifier
         self._reloader = reloader
         self._reporter = Reporter(path, notifier, open_files=self._open_files)
@@ -136,7 +141,7 @@ class _Daemon:
         # The mount is no longer in the name space: the directory may be somebody else's mount by now.
         self._detached = False
         # Major and minor number of our mount, by which it is told from another at the same place.
-        self._device: tuple[int, int] | None = None
+        self._device: mountpoint.Device | None = None
         # A second signal: do not wait for open files.
         self._hurry = trio.Event()
         self._board = Board(redact(str(config.volume)))
@@ -194,6 +199,7 @@ class _Daemon:
         invalidator = Invalidator()
         operations = NovaOperations(volume, self._options, invalidator)
         self._operations = operations
+        await trio.to_thread.run_sync(partial(mountpoint.clear, self._path, dead=self._dead))
         try:
             pyfuse3.init(operations, str(self._path), self._fuse_options())
         except RuntimeError as error:
@@ -236,6 +242,9 @@ class _Daemon:
 
     async def _fuse(self) -> None:
         """Serve requests until the connection ends."""
+        spin = busy_poll()
+        if spin is not None:
+            trio.lowlevel.add_instrument(spin)
         try:
             await pyfuse3.main(min_tasks=4, max_tasks=TASKS_MAX)
         except BaseExceptionGroup as group:
@@ -244,6 +253,9 @@ class _Daemon:
                 raise
             log.critical("%s: the request loop failed; unmounting", self._path, exc_info=failed)
             self._status = 1
+        finally:
+            if spin is not None:
+                trio.lowlevel.remove_instrument(spin)
 
     async def _announce(self, nursery: trio.Nursery) -> None:
         """Say that the mount answers, once it does."""

@@ -1,8 +1,9 @@
 """The mount point: checked before, detached after, and a dead one recognised.
 
 What is promised: nothing is mounted over a live mount; a mount whose daemon has died (every access answers ENOTCONN,
-"Transport endpoint is not connected") is detached first, with a line in the log; every refusal is a MountError that
-says what to do. All of it blocks and runs before the event loop or in a worker thread.
+"Transport endpoint is not connected") is detached first, with a line in the log, and not before the next one can take its place: a guest
+or a script that goes on must be told that the images are away, and not write files into the directory below. Every refusal is a MountError
+that says what to do. All of it blocks and runs before the event loop or in a worker thread.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Final
 
-from novafs.errors import MountError
+from novafs.errors import MountError, NotInstalledError
 from novafs.mounttable import AUTOFS_TYPE, NOVAFS_TYPE, canonical, mount_at, parse_mountinfo
 
 log = logging.getLogger(__name__)
@@ -25,6 +26,9 @@ log = logging.getLogger(__name__)
 FUSE_DEVICE: Final = Path("/dev/fuse")
 FUSE_CONF: Final = Path("/etc/fuse.conf")
 COMMAND_TIMEOUT_S: Final = 30.0
+
+Device = tuple[int, int]
+"""Major and minor number, by which one mount is told from another at the same place."""
 
 
 class Unmounted(Enum):
@@ -35,17 +39,42 @@ class Unmounted(Enum):
     NOT_MOUNTED = "not mounted"
 
 
-def prepare(mountpoint: Path, *, allow_other: bool) -> Path:
-    """Check that a volume can be mounted there, having detached a dead mount. The absolute path. Raises MountError."""
+def prepare(mountpoint: Path, *, allow_other: bool, dead: Device | None = None) -> Path:
+    """Check that a volume can be mounted there, as far as that can be told while a dead mount is in the way. The absolute path.
+
+    dead: of a mount there that is known to be dead, although the kernel may still answer from its caches. Raises MountError.
+    """
     if not FUSE_DEVICE.exists():
-        raise MountError(f"{FUSE_DEVICE} is missing: load the kernel module with 'modprobe fuse', or pass the device to this container")
+        raise NotInstalledError(
+            f"{FUSE_DEVICE} is missing: load the kernel module with 'modprobe fuse' (it is in the kernel's package), or pass the device to "
+            f"this container"
+        )
     fusermount()
     if allow_other and os.geteuid() != 0 and not _user_allow_other():
         raise MountError(f"allow_other needs root, or the line 'user_allow_other' in {FUSE_CONF}")
     path = Path(canonical(mountpoint))
-    if is_dead(path):
-        log.warning("%s is the mount of a daemon that has died: detaching it before mounting again", path)
-        unmount(path, lazy=True)
+    if dead is None and not is_dead(path):
+        _check_free(path)
+    return path
+
+
+def clear(path: Path, *, dead: Device | None) -> None:
+    """Take a dead mount away, right before the next is made. Raises MountError where that can not be."""
+    replaced = False
+    while dead is not None or is_dead(path):
+        if dead is None or device_of(path) == dead:
+            log.warning("%s is the mount of a daemon that has died: detaching it before mounting again", path)
+            if unmount(path, lazy=True) is not Unmounted.DONE:
+                break
+            replaced = True
+        dead = None
+    _check_free(path)
+    if replaced and mount_at(path) is None and (hidden := sorted(found.name for found in path.iterdir())):
+        names = ", ".join(hidden[:3]) + (", …" if len(hidden) > 3 else "")
+        log.warning("the directory below %s is not empty, and the mount hides what is in it (%s): unmount to have a look", path, names)
+
+
+def _check_free(path: Path) -> None:
     try:
         found = path.stat()
     except FileNotFoundError:
@@ -61,14 +90,13 @@ def prepare(mountpoint: Path, *, allow_other: bool) -> Path:
         raise MountError(f"mount point {path} is busy: {line.source} ({line.fstype}) is mounted there{hint}")
     if not os.access(path, os.W_OK | os.X_OK):
         raise MountError(f"mount point {path} is not writable by this user: choose another, or change its owner")
-    return path
 
 
 def fusermount() -> str:
-    """The helper's path. Raises MountError where it is not installed."""
+    """The helper's path. Raises NotInstalledError."""
     found = shutil.which("fusermount3", path=f"{os.environ.get('PATH', os.defpath)}:/bin:/usr/bin:/sbin:/usr/sbin")
     if found is None:
-        raise MountError("fusermount3 is not installed: install the package 'fuse3'")
+        raise NotInstalledError("fusermount3 is not installed: install the package 'fuse3'")
     return found
 
 
@@ -109,8 +137,8 @@ def unmount(path: Path, *, lazy: bool = False) -> Unmounted:
     raise MountError(f"cannot unmount {path}: {said or f'fusermount3 failed with status {done.returncode}'}")
 
 
-def device_of(path: Path) -> tuple[int, int] | None:
-    """Major and minor device number of the file system mounted at `path`, without asking its daemon; None: no mount."""
+def device_of(path: Path) -> Device | None:
+    """The device of the file system mounted at `path`, without asking its daemon; None: no mount."""
     wanted = canonical(path)
     numbers = None
     for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():

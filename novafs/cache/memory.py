@@ -275,11 +275,13 @@ class MemoryTier:
     def work(self) -> bool:
         """A slice of the policy's learning, for a moment in which nobody waits; whether there is more to do."""
         self._flush_touches()
-        more = self._policy.work()
+        return self._policy.work()
+
+    def weigh(self) -> None:
+        """Count what the policy takes against the cap. Now and then: it costs a pass over its parts."""
         quality = self._policy.quality()
         if quality is not None:
             self.set_reserved("policy", min(quality.memory_bytes, self.capacity_bytes // POLICY_SHARE))
-        return more
 
     # --- Tier -------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,9 @@ What comes in (fetched, or written by this host: `add`) is in L1 at once, plain;
 follow in the background (`fill`). So a reader never waits for a compressor, unless that is behind: then fetches compress
 before they answer, which slows them to what the machine can do.
 
+A delta frame (`novafs.delta`) takes the content of its base to be read: from L1, from L2, else from the frames of its chain in L3,
+all at once. Those fetches are the reader's own and shared with nobody, so none ever waits for one that waits for it.
+
 Bytes in flight are accounted in L1 ("fetch"), under its cap, where there is room for them.
 """
 
@@ -28,7 +31,7 @@ import logging
 import math
 import os
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -37,6 +40,7 @@ from typing import Final, NamedTuple, Protocol
 
 import trio
 
+from novafs import delta
 from novafs.asynctools import open_nursery
 from novafs.cache.base import Frame, Tier, TierStatistics
 from novafs.cache.fill import Arrival, Filler, FillStatistics, Source
@@ -152,9 +156,11 @@ class ChunkCache:
         """Told the ids of chunks that L1 has evicted. Must not call back into the tiers."""
         self.on_l3_read: Callable[[float, bool], None] | None = None
         """Told how many seconds reading frames of one pack took, verification excluded, and whether somebody waited for them."""
+        self.on_delta_read: Callable[[Reference, delta.Chain, int, int], None] | None = None
+        """Told of each delta frame that was read from L3: its place, its chain, how many frames were read for it, and their bytes."""
         self._nursery: trio.Nursery | None = None
         self._flights: dict[bytes, _Flight] = {}
-        """Invariant: a flight is here exactly while its fetch runs in the nursery."""
+        """Invariant: a flight is here exactly while its fetch runs in the nursery; none of a base is (`_base`)."""
         self._thread_count = threads or os.cpu_count() or 1
         self._workers = trio.CapacityLimiter(self._thread_count)
         self._prefetch_workers = trio.CapacityLimiter(1)
@@ -355,7 +361,8 @@ class ChunkCache:
         if not flight.done.is_set():
             flight.plain = plain
             flight.error = error
-            del self._flights[flight.reference.chunk_id]
+            if not flight.of_base:
+                del self._flights[flight.reference.chunk_id]
             flight.done.set()
 
     async def _from_l2(self, flights: list[_Flight]) -> list[_Flight]:
@@ -383,7 +390,7 @@ class ChunkCache:
             return flights
         self._l2_pause_s = 0.0
         found = [flight for flight in flights if flight.reference.chunk_id in frames]
-        items = [(flight.reference.chunk_id, frames[flight.reference.chunk_id]) for flight in found]
+        items = [_Item(flight.reference.chunk_id, frames[flight.reference.chunk_id]) for flight in found]
         checked = await self._verified(items, demand=_demanded(found))
         for flight, item in zip(found, checked, strict=True):
             chunk_id = flight.reference.chunk_id
@@ -399,7 +406,7 @@ class ChunkCache:
                     item.plain,
                     item.l1_frame or frames[chunk_id],
                     Source.L2,
-                    prefetched=flight.prefetched,
+                    prefetched=flight.prefetched and not flight.of_base,
                     place=flight.where,
                 )
                 self._filler.admit(arrival)
@@ -428,7 +435,11 @@ class ChunkCache:
                     moved = await self._moved(list(bad), gone)
                 for flight, reason in bad.items():
                     place = flight.place
-                    if place.chunk_id not in moved:
+                    if place.chunk_id in moved:
+                        continue
+                    if isinstance(reason, ObjectNotFoundError):
+                        self._land(flight, error=_again(reason))
+                    else:
                         where = f"pack {place.pack_id.hex()}"
                         self._land(flight, error=FrameCorruptError(place.chunk_id, where, place.offset, str(reason)))
                 await self._from_places(list(bad), moved, gone)
@@ -483,10 +494,10 @@ class ChunkCache:
         for part in packs.values():
             await self._from_pack(part, gone)
 
-    async def _read_pack(self, flights: list[_Flight]) -> dict[_Flight, CorruptionError]:
+    async def _read_pack(self, flights: list[_Flight]) -> dict[_Flight, CorruptionError | ObjectNotFoundError]:
         """Land those whose content is right; the others, with what is wrong."""
         traffic = self._l3_traffic
-        bad: dict[_Flight, CorruptionError] = {}
+        bad: dict[_Flight, CorruptionError | ObjectNotFoundError] = {}
         wanted = []
         for flight in flights:
             if flight.place.length > PLAIN_MAX:
@@ -515,7 +526,12 @@ class ChunkCache:
             if self.on_l3_read is not None:
                 self.on_l3_read(took_s, _demanded(wanted))
         frames = [Frame(flight.place.codec, payload) for flight, payload in zip(wanted, payloads, strict=True)]
-        items = [(flight.place.chunk_id, frame) for flight, frame in zip(wanted, frames, strict=True)]
+        bases: dict[_Flight, bytes] = {}
+        if any(frame.codec == Codec.HDE for frame in frames):
+            bases, without = await self._bases(wanted, frames)
+            bad.update(without)
+            wanted, frames = _others(wanted, frames, bad)
+        items = [_Item(flight.place.chunk_id, frame, bases.get(flight)) for flight, frame in zip(wanted, frames, strict=True)]
         checked = await self._verified(items, demand=_demanded(wanted))
         for flight, frame, item in zip(wanted, frames, checked, strict=True):
             place = flight.place
@@ -526,14 +542,93 @@ class ChunkCache:
                 log.warning("chunk %s in pack %s at %d: %s", place.chunk_id.hex(), place.pack_id.hex(), place.offset, item)
             else:
                 traffic.hits += 1
-                arrival = Arrival(
-                    place.chunk_id, item.plain, item.l1_frame or frame, Source.L3, prefetched=flight.prefetched, place=flight.where
-                )
+                whole = frame if frame.codec != Codec.HDE else None
+                prefetched = flight.prefetched and not flight.of_base
+                arrival = Arrival(place.chunk_id, item.plain, item.l1_frame or whole, Source.L3, prefetched=prefetched, place=flight.where)
                 self._filler.admit(arrival)
                 self._land(flight, plain=item.plain)
         return bad
 
-    async def _verified(self, items: Sequence[tuple[bytes, Frame]], *, demand: bool) -> list[_Content | CorruptionError]:
+    # --- delta frames -----------------------------------------------------------------------------------------
+
+    async def _bases(
+        self, flights: Sequence[_Flight], frames: Sequence[Frame]
+    ) -> tuple[dict[_Flight, bytes], dict[_Flight, CorruptionError | ObjectNotFoundError]]:
+        """Of the flights whose frame is a delta, the content it was made against; or why there is none. Lands those that fail
+        otherwise (the store is away)."""
+        found: dict[_Flight, bytes] = {}
+        without: dict[_Flight, CorruptionError | ObjectNotFoundError] = {}
+
+        async def find(flight: _Flight, payload: bytes) -> None:
+            try:
+                chain = delta.read_chain(payload)
+                found[flight] = await self._under(flight) if flight.of_base else await self._base(flight, chain)
+            except CorruptionError as error:
+                without[flight] = error
+            except ObjectNotFoundError as error:
+                without[flight] = ObjectNotFoundError(f"chunk {flight.place.chunk_id.hex()}: what it was made against is gone: {error}")
+            except Exception as error:
+                self._land(flight, error=error)
+
+        async with open_nursery() as nursery:
+            for flight, frame in zip(flights, frames, strict=True):
+                if frame.codec == Codec.HDE:
+                    nursery.start_soon(find, flight, frame.payload)
+        return found, without
+
+    async def _base(self, flight: _Flight, chain: delta.Chain) -> bytes:
+        """The content of the chain's first frame. Raises CorruptionError, ObjectNotFoundError, and what the store raises."""
+        missing: list[_Flight] = []
+        plain: bytes | None = None
+        for reference in chain:
+            plain = self.peek(reference.chunk_id)
+            if plain is not None:
+                break
+            missing.append(_Flight(reference, of_base=True))
+        for base in missing:
+            base.prefetched = flight.prefetched
+        in_flight_bytes = sum(self._chunk_size + base.reference.length for base in missing)
+        reserved = self.l1.reserve("fetch", in_flight_bytes)
+        try:
+            if missing:
+                await self._from_l2(missing)
+            for number, base in enumerate(missing):
+                if base.plain is not None:  # what lies below it is not needed
+                    plain, missing = base.plain, missing[:number]
+                    break
+            for number, base in enumerate(missing):
+                base.under = missing[number + 1] if number + 1 < len(missing) else plain
+            async with open_nursery() as nursery:
+                for base in missing:
+                    nursery.start_soon(self._from_pack, [base])
+        finally:
+            if reserved:
+                self.l1.release("fetch", in_flight_bytes)
+        if self.on_delta_read is not None:
+            self.on_delta_read(flight.place, chain, len(missing), sum(base.reference.length for base in missing))
+        if missing:
+            plain = await self._landed(missing[0])
+        if plain is None:
+            raise BugError(f"chunk {flight.place.chunk_id.hex()}: nothing was read of its chain, and nothing is wrong")
+        return plain
+
+    async def _under(self, flight: _Flight) -> bytes:
+        """What the frame of a base was made against itself: the next of the chain. Who is waited for stands behind in the chain, always."""
+        if flight.under is None:
+            raise CorruptionError("the chain of a delta frame ends with another delta frame")
+        return await self._landed(flight.under) if isinstance(flight.under, _Flight) else flight.under
+
+    async def _landed(self, base: _Flight) -> bytes:
+        await base.done.wait()
+        if base.plain is None:
+            error = base.error or BugError("a base was neither read nor found wrong")
+            if isinstance(error, CorruptionError):
+                told = str(error).partition("; run ")[0]  # what to do is told once, at the end
+                raise CorruptionError(f"what it was made against can not be read: {told}") from error
+            raise _again(error) from error
+        return base.plain
+
+    async def _verified(self, items: Sequence[_Item], *, demand: bool) -> list[_Content | CorruptionError]:
         """Decode and check in worker threads, several frames a hop. What nobody waits for has a thread of its own."""
         if not items:
             return []
@@ -562,9 +657,13 @@ class ChunkCache:
 class _Flight:
     """One chunk's fetch. `done` is set once, by `_land`, with exactly one of content and error."""
 
-    __slots__ = ("done", "error", "place", "plain", "prefetched", "reference", "where")
+    __slots__ = ("done", "error", "of_base", "place", "plain", "prefetched", "reference", "under", "where")
 
-    def __init__(self, reference: Reference) -> None:
+    def __init__(self, reference: Reference, *, of_base: bool = False) -> None:
+        self.of_base = of_base
+        """Nobody's but one delta frame's."""
+        self.under: _Flight | bytes | None = None
+        """Of a base: the next of the chain, or its content."""
         self.reference = reference
         """As it was asked for."""
         self.place = reference
@@ -576,6 +675,14 @@ class _Flight:
         """Nobody has asked for it yet."""
         self.where = -1
         """The place in an image that it was asked for; -1: nobody said."""
+
+
+class _Item(NamedTuple):
+    """A frame to be verified. base: of a delta frame."""
+
+    chunk_id: bytes
+    frame: Frame
+    base: bytes | None = None
 
 
 class _Content(NamedTuple):
@@ -605,6 +712,12 @@ class _Traffic:
         )
 
 
+def _others(flights: Sequence[_Flight], frames: Sequence[Frame], bad: Mapping[_Flight, object]) -> tuple[list[_Flight], list[Frame]]:
+    """Those that are neither bad nor over, with their frames."""
+    left = [(flight, frame) for flight, frame in zip(flights, frames, strict=True) if flight not in bad and not flight.done.is_set()]
+    return [flight for flight, _ in left], [frame for _, frame in left]
+
+
 def _demanded(flights: Sequence[_Flight]) -> bool:
     return not all(flight.prefetched for flight in flights)
 
@@ -620,11 +733,11 @@ def _again(error: Exception) -> Exception:
     return copy
 
 
-def _verify(items: Sequence[tuple[bytes, Frame]], l1_codec: Codec | None) -> list[_Content | CorruptionError]:
+def _verify(items: Sequence[_Item], l1_codec: Codec | None) -> list[_Content | CorruptionError]:
     checked: list[_Content | CorruptionError] = []
-    for chunk_id, frame in items:
+    for chunk_id, frame, base in items:
         try:
-            plain = decode(frame.codec, frame.payload, PLAIN_MAX)
+            plain = decode(frame.codec, frame.payload, PLAIN_MAX) if base is None else delta.decode(frame.payload, base, PLAIN_MAX)
         except CorruptionError as error:
             checked.append(error)
             continue

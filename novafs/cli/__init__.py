@@ -1,7 +1,8 @@
 """The command line: `novafs COMMAND …`, one module per command.
 
-What always holds: exit status 0 means done, 1 failed, 2 wrong usage, 130 interrupted; what goes wrong is one line on stderr
-that begins with `novafs: `; a traceback is shown for a bug, or with `-vv`. Results go to stdout, all else to stderr.
+What always holds: exit status 0 means done, 1 failed, 2 wrong usage, 3 that this host lacks what a mount needs, 130 interrupted; what goes
+wrong is one line on stderr that begins with `novafs: `; a traceback is shown for a bug, or with `-vv`. Results go to stdout, all else to
+stderr. (A service manager starts a mount again after a 1, and not after a 2 or 3.)
 
 Modules here import what is light; boto3, numpy, trio and rich are imported by the command that needs them, when it
 runs, so that `novafs --help` and a wrong word answer at once.
@@ -47,9 +48,10 @@ from novafs.cli import (
     warm,
 )
 from novafs.cli.hidden import hide_arguments
-from novafs.errors import BugError, ConfigError, InvalidNameError, NovaError
+from novafs.errors import BugError, ConfigError, InvalidNameError, NotInstalledError, NovaError
 
 INTERRUPTED: Final = 130
+NOT_INSTALLED: Final = 3
 _USAGE_ERRORS: Final = (ConfigError, InvalidNameError)
 
 
@@ -132,8 +134,10 @@ def _failed(error: BaseException) -> int:
 
 
 def exit_status(error: BaseException) -> int:
-    """2 for a command that was wrong as it was written, else 1."""
-    return 2 if isinstance(error, _USAGE_ERRORS) else 1
+    """2 for a command that was wrong as it was written, 3 for what is to be installed first, else 1."""
+    if isinstance(error, _USAGE_ERRORS):
+        return 2
+    return NOT_INSTALLED if isinstance(error, NotInstalledError) else 1
 
 
 def error_line(error: BaseException) -> str:

@@ -171,6 +171,7 @@ async def _volume_info(config: Config) -> dict[str, Any]:
             "url": volume.client.store.url,
             "id": superblock.volume_id,
             "format": superblock.format,
+            "features": list(superblock.features),
             "chunk_size": superblock.chunk_size,
             "hash": superblock.hash,
             "created": superblock.created,
@@ -200,12 +201,13 @@ def _quotient(dividend: int, divisor: int) -> float:
 
 
 def _show_volume(found: dict[str, Any]) -> None:
+    made_as = " with ".join([str(found["format"]), *found["features"]])
     common.emit_table(
         [
             ("volume", found["url"]),
             ("id", found["id"]),
             ("made", found["created"]),
-            ("format", f"{found['format']}, chunks of {format_size(found['chunk_size'])}, {found['hash']}"),
+            ("format", f"{made_as}, chunks of {format_size(found['chunk_size'])}, {found['hash']}"),
             (
                 "holds",
                 f"{found['images']:,} images in {found['directories'] + 1:,} directories; catalog revision {found['catalog_revision']}",

@@ -19,8 +19,13 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("volume")
 @click.option("--chunk-size", metavar="4K|64K|1M", default="64K", show_default=True, help="Unit of storage and dedup; fixed for good.")
+@click.option(
+    "--delta",
+    is_flag=True,
+    help="Let rewritten chunks be stored as differences (see l3.delta). Needs a NovaFS that knows such volumes, everywhere.",
+)
 @common.volume_options
-def init(volume: str, chunk_size: str, settings: Settings) -> None:
+def init(volume: str, chunk_size: str, delta: bool, settings: Settings) -> None:
     """Make an empty volume at VOLUME.
 
     A bucket must exist, a local directory is made. With --preset, the preset becomes this host's default for
@@ -30,13 +35,13 @@ def init(volume: str, chunk_size: str, settings: Settings) -> None:
 
     size = check_chunk_size(parse_size(chunk_size))
     config = settings.load(volume)
-    superblock = common.run(_init, config, size)
+    superblock = common.run(_init, config, size, delta)
     if "preset" in settings.flags:
         _remember_preset(config)
     common.emit(f"made volume {superblock.volume_id} at {redact(config.volume_url)}, with chunks of {format_size(size)}")
 
 
-async def _init(config: Config, chunk_size: int) -> Superblock:
+async def _init(config: Config, chunk_size: int, delta: bool) -> Superblock:
     import trio
 
     from novafs.objectstore.client import StoreClient
@@ -48,7 +53,7 @@ async def _init(config: Config, chunk_size: int) -> Superblock:
     store = await trio.to_thread.run_sync(lambda: open_store(config.volume_url, options=options))
     try:
         client = StoreClient(store, io_timeout_s=config.store.io_timeout_s, requests_max=config.store.requests_max)
-        return await init_volume(client, chunk_size=chunk_size)
+        return await init_volume(client, chunk_size=chunk_size, delta=delta)
     finally:
         store.close()
 

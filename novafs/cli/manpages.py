@@ -48,8 +48,8 @@ def _novafs() -> str:
     lines += [
         _section(
             "EXIT STATUS",
-            "0 when it is done, 1 when it failed, 2 for wrong usage or a mistake in the configuration, 130 when it was interrupted. "
-            "What goes wrong is one line on standard error.",
+            "0 when it is done, 1 when it failed, 2 for wrong usage or a mistake in the configuration, 3 where the host lacks what a mount "
+            "needs (/dev/fuse, fusermount3), 130 when it was interrupted. What goes wrong is one line on standard error.",
         ),
         ".SH ENVIRONMENT",
         _item("NOVAFS_CONFIG_DIR", "Where NAME.toml is looked for instead of /etc/novafs."),

@@ -103,7 +103,7 @@ def reset(volume: str, names: tuple[str, ...], yes: bool, settings: Settings) ->
     # The daemon first: it must not save again what is deleted here.
     wanted = _checked(names)
     _tell_daemon(config, wanted, reset=True)
-    gone = common.run(_reset, common.quiet_l2(config), wanted)
+    gone = common.run(_reset, common.quiet_l2(config), wanted, not names)
     common.emit(f"forgot {', '.join(gone)}" if gone else "nothing was learned yet")
 
 
@@ -168,9 +168,9 @@ async def _import(config: Config, name: str, data: bytes, source: str, replace: 
         return await import_model(volume, name, data, source, replace=replace)
 
 
-async def _reset(config: Config, names: Sequence[str]) -> list[str]:
+async def _reset(config: Config, names: Sequence[str], everything: bool) -> list[str]:
     from novafs.modeladmin import reset_models
     from novafs.volume import open_volume
 
     async with open_volume(config) as volume:
-        return await reset_models(volume, names)
+        return await reset_models(volume, names, plugins=everything)

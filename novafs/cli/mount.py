@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import logging
@@ -9,7 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import click
 
@@ -18,7 +19,7 @@ from novafs.cli import common
 from novafs.cli.common import Settings
 from novafs.config import Config, is_url
 from novafs.configkeys import redact
-from novafs.errors import BugError, ConfigError, MountError, NovaError
+from novafs.errors import BugError, ConfigError, MountError, NotInstalledError, NovaError
 from novafs.mountoptions import MountOptions, parse_mount_options
 from novafs.mounttable import AUTOFS_TYPE, NOVAFS_TYPE, canonical, mount_at
 from novafs.statedir import ExitRecord, MountRecord, StateLock
@@ -65,7 +66,7 @@ def mount_volume(
     given = parse_mount_options(options)
     config = settings.load(volume, more=given.settings)
     parsed = parse_mount_options([config.mount_options, *options])
-    path = _check(directory or _configured_directory(config), parsed.options, nonempty=parsed.nonempty)
+    path, dead = _check(directory or _configured_directory(config), parsed.options, nonempty=parsed.nonempty)
     if pretend:
         return 0
     state_dir = statedir.prepare(config.state_dir)
@@ -76,7 +77,7 @@ def mount_volume(
         return absolute.load(config.volume_url if is_url(volume) else volume, more=given.settings)
 
     absolute = replace(settings, file=settings.file.absolute() if settings.file is not None else None)
-    serve = _Server(config, path, parsed.options, settings.verbose, reread)
+    serve = _Server(config, path, parsed.options, settings.verbose, reread, dead)
     if foreground:
         serve.configure_logging("journal" if logs.is_journal() else "text")
         # The journal has the daemon's own line.
@@ -117,17 +118,28 @@ def _make_directories(path: Path) -> None:
         part.chmod(0o755)
 
 
-def _check(directory: str, options: MountOptions, *, nonempty: bool) -> Path:
-    """Whether it can be mounted there. Raises MountError that says what to do."""
+class _DeadMount(NamedTuple):
+    """A mount whose daemon has died, which is to be replaced. device: major and minor number; record: what is noted of it."""
+
+    device: tuple[int, int]
+    record: MountRecord
+
+
+def _check(directory: str, options: MountOptions, *, nonempty: bool) -> tuple[Path, _DeadMount | None]:
+    """Whether it can be mounted there: the path, and the dead mount that is to be replaced.
+
+    Raises MountError that says what to do.
+    """
     if "\0" in directory:
         raise MountError(f"mount point {directory!r}: no path has a NUL character in it")
     mountpoint = _mount_module("mountpoint")
-    _detach_dead(mountpoint, directory)
-    path: Path = mountpoint.prepare(Path(directory), allow_other=options.allow_other)
-    # An automount's listing would wait for this very mount.
-    if not nonempty and not _is_automount(path) and any(path.iterdir()):
+    dead = _dead_mount(mountpoint, directory)
+    path: Path = mountpoint.prepare(Path(directory), allow_other=options.allow_other, dead=dead.device if dead is not None else None)
+    # An automount's listing would wait for this very mount; and what a dead one hides, it hid before.
+    listed = not nonempty and not _is_automount(path) and dead is None and not mountpoint.is_dead(path)
+    if listed and any(path.iterdir()):
         raise MountError(f"mount point {path} is not empty: a mount would hide what is in it; choose another, or add -o nonempty")
-    return Path(canonical(path))
+    return Path(canonical(path)), dead
 
 
 def _is_automount(path: Path) -> bool:
@@ -135,8 +147,8 @@ def _is_automount(path: Path) -> bool:
     return found is not None and found.fstype == AUTOFS_TYPE
 
 
-def _detach_dead(mountpoint: Any, directory: str) -> None:
-    """Take away a mount of ours whose daemon has died.
+def _dead_mount(mountpoint: Any, directory: str) -> _DeadMount | None:
+    """A mount of ours there whose daemon has died; the next daemon takes it away when it can take its place.
 
     The lock tells it at once. Asking the mount does not: for a moment the kernel goes on answering from its caches.
     """
@@ -145,23 +157,36 @@ def _detach_dead(mountpoint: Any, directory: str) -> None:
     if found is not None and found.fstype == NOVAFS_TYPE:
         record = statedir.find_record(path, fuse_uid=found.fuse_uid)
         if record is not None and statedir.holder(Path(record.state_dir)) != record.pid:
-            common.say(f"{path} is the mount of a daemon that has died (process {record.pid}): detaching it")
-            mountpoint.unmount(Path(path), lazy=True)
+            common.say(f"{path} is the mount of a daemon that has died (process {record.pid}): replacing it")
+            device = mountpoint.device_of(Path(path))
+            return _DeadMount(device, record) if device is not None else None
+    return None
 
 
 def _mount_module(name: str) -> Any:
-    """A module of the file system; by name, since the engine installs without FUSE. Raises MountError where it is missing."""
+    """A module of the file system; by name, since the engine installs without FUSE. Raises NotInstalledError."""
     for package in (_MOUNT_PACKAGE, "pyfuse3"):
         if importlib.util.find_spec(package) is None:
-            raise MountError(f"the Python package {package} is not installed, and a mount needs it: install novafs anew with pip")
+            raise NotInstalledError(f"the Python package {package} is not installed, and a mount needs it: install novafs anew with pip")
     return importlib.import_module(f"{_MOUNT_PACKAGE}.{name}")
 
 
 class _Server:
     """The daemon's side of a mount: the lock, the notes for `novafs umount`, and the file system in between."""
 
-    def __init__(self, config: Config, path: Path, options: MountOptions, verbose: int, reread: Callable[[], Config]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        path: Path,
+        options: MountOptions,
+        verbose: int,
+        reread: Callable[[], Config],
+        dead: _DeadMount | None,
+    ) -> None:
+        self._dead = dead
         self._config = config
+        # Now: a daemon in the background stands elsewhere.
+        self._config_file = str(config.config_file.absolute()) if config.config_file is not None else ""
         self._reread = reread
         self._path = path
         self._options = options
@@ -195,7 +220,7 @@ class _Server:
 
         state_dir = self._config.state_dir
         log = str(state_dir / statedir.LOG_FILE)
-        record = MountRecord(str(self._path), os.getpid(), str(state_dir), redact(self._config.volume), log)
+        record = MountRecord(str(self._path), os.getpid(), str(state_dir), redact(self._config.volume), log, self._config_file)
         lock = StateLock.take(state_dir, mountpoint=record.mountpoint)
         status, message = 1, "it ended unexpectedly"
         try:
@@ -209,6 +234,7 @@ class _Server:
                     ready=ready,
                     reread=self._reread,
                     changed=lambda config: logs.set_level(self._level(config)),
+                    dead=self._dead.device if self._dead is not None else None,
                 )
             )
             message = "" if status == 0 else f"it ended with status {status}; see {log}"
@@ -223,5 +249,9 @@ class _Server:
             # Before the lock is let go: whoever waits for it reads these next.
             statedir.write_exit(state_dir, ExitRecord(record.pid, status, message))
             statedir.remove_record(record)
+            if self._dead is not None and _mount_module("mountpoint").device_of(self._path) == self._dead.device:
+                # It was not replaced: the next attempt must find out that it is dead.
+                with contextlib.suppress(NovaError):
+                    statedir.write_record(self._dead.record)
             lock.release()
         return status

@@ -10,6 +10,7 @@ from novafs import statedir
 from novafs.cli import common
 from novafs.cli.common import Settings
 from novafs.cli.stats import state_dir_of_mount
+from novafs.config import file_of_name, is_url
 from novafs.configkeys import redact
 from novafs.errors import NotFoundError
 
@@ -43,6 +44,14 @@ def _state_dirs(target: str, settings: Settings) -> list[Path]:
     if at is not None:
         return [at]
     noted = statedir.find_mounts(redact(target))
+    if not is_url(target):
+        # Of two directories with a NAME.toml, each is a volume of its own.
+        file = str((settings.file or file_of_name(target)).absolute())
+        meant = [record for record in noted if record.config_file in (file, "")]
+        if noted and not meant:
+            others = ", ".join(f"the one at {record.mountpoint} was mounted from {record.config_file}" for record in noted)
+            raise NotFoundError(f"no {target} of {file} is mounted on this host ({others}): name the directory instead, novafs reload DIR")
+        noted = meant
     if noted:
         return [Path(record.state_dir) for record in noted]
     state_dir = settings.load(target).state_dir

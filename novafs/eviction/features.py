@@ -43,7 +43,7 @@ BURST_SHARE: Final = 0.1
 RUN_WITHIN: Final = 64
 """Accesses within which the chunk before must have been read for a run to go on."""
 RUN_MAX: Final = 10_000
-GHOSTS_MIN: Final = 8192
+GHOSTS_MIN: Final = 2048
 GHOSTS_MAX: Final = 131_072
 REGION_BITS: Final = 13
 _LAST: Final = BINS - 1
@@ -54,6 +54,9 @@ Slots = npt.NDArray[np.int64]
 # Columns of the table.
 LAST, GAP1, GAP2, GAP3, COUNT, APART, BEFORE, WARM1, WARM2, WARM3, FIRST, RUN, UNUSED, SIZE, MARK = range(15)
 _COLUMNS: Final = 15
+_NEW: Final = np.zeros(_COLUMNS)
+_NEW[[LAST, BEFORE]] = -1.0
+_NEW[[GAP1, GAP2, GAP3]] = NEVER
 _STEPS: Final = np.array(
     [3, 2, 2, 2, 3, 4, 5, 5, 5, 2, 2, 2, 2, 5, 5, 2, 4, 2, 4, 4, 2, 2, 1.5, 1.5],
     dtype=np.float64,
@@ -91,6 +94,7 @@ class Book:
         """By slot: where it stands in `_seats`."""
         self._seats: Slots = np.zeros(0, dtype=np.int64)
         """Slots of what is held, in no order, to draw from."""
+        self._seats_view = _view(self._seats)
         self._place_tag: Slots = np.zeros(0, dtype=np.int64)
         self._place_last = np.zeros(0)
         self._place_warm = np.zeros(0)
@@ -113,7 +117,7 @@ class Book:
             slot = self._new_slot()
             self._keys[slot] = key
         self.held[key] = slot
-        self.place[slot] = place if place >= 0 else -1
+        self._place_view[slot] = place if place >= 0 else -1
         columns = self._columns
         columns[SIZE][slot] = size
         columns[MARK][slot] = marked
@@ -124,8 +128,9 @@ class Book:
         seat = len(self.held) - 1
         if seat >= len(self._seats):
             self._seats = np.concatenate([self._seats, np.zeros(max(1024, len(self._seats)), dtype=np.int64)])
-        self._seats[seat] = slot
-        self._seat[slot] = seat
+            self._seats_view = _view(self._seats)
+        self._seats_view[seat] = slot
+        self._seat_view[slot] = seat
         return slot
 
     def leave(self, key: bytes, *, ghost: bool) -> int:
@@ -133,10 +138,11 @@ class Book:
         slot = self.held.pop(key, -1)
         if slot < 0:
             return -1
-        seat, last = int(self._seat[slot]), len(self.held)
-        moved = self._seats[last]
-        self._seats[seat] = moved
-        self._seat[moved] = seat
+        seats, at = self._seats_view, self._seat_view
+        seat, last = at[slot], len(self.held)
+        moved = seats[last]
+        seats[seat] = moved
+        at[moved] = seat
         self._columns[UNUSED][slot] = 0.0
         if not ghost:
             self._drop_slot(slot)
@@ -432,18 +438,16 @@ class Book:
                 self._grow(2 * slot)
             self._used += 1
             self._keys.append(b"")
-        column = self._table[:, slot]
-        column[:] = 0.0
-        column[LAST] = column[BEFORE] = -1.0
-        column[FIRST] = self.now
-        column[GAP1 : GAP3 + 1] = NEVER
-        self.pending[slot] = -1
+        self._table[:, slot] = _NEW
+        self._columns[FIRST][slot] = self.now
+        self._pending_view[slot] = -1
         return slot
 
     def _drop_slot(self, slot: int) -> None:
-        if self.pending[slot] >= 0:
-            self.dropped.append(int(self.pending[slot]))
-            self.pending[slot] = -1
+        example = self._pending_view[slot]
+        if example >= 0:
+            self.dropped.append(example)
+            self._pending_view[slot] = -1
         self._keys[slot] = b""
         self._free.append(slot)
 
@@ -456,6 +460,7 @@ class Book:
         self._seat = np.concatenate([self._seat, np.zeros(more, dtype=np.int64)])
         self._place_view = _view(self.place)
         self._pending_view = _view(self.pending)
+        self._seat_view = _view(self._seat)
         if 2 * room > len(self._place_tag):
             self._set_places(2 * room)
 

@@ -1,17 +1,18 @@
 """`learned`: the policy that measures who knows best, and does what he says.
 
 Parts: a book of features (`features`), a model of distances learned online from it (`learner`), shadow caches of the experts and of
-the model for a sample of the keys (`shadow`). LRU is in charge until a shadow shows that somebody else is better; then he is, and
-takes over what the tier holds, a slice for each call: nothing is dropped for a change of mind.
+the model for a sample of the keys (`shadow`). LRU is in charge until there is a model, then the model, until the shadows show that it is
+worse than LRU or that somebody is better; who takes over learns what the tier holds, a slice for each call: nothing is dropped for a
+change of mind.
 
 Always holds: what it names as victims is what it was told of and has not named; with no forest, a forest that does not load, or with
 its share of the processor used up it is LRU. That prefetched chunks do not push out what was read is the tier's affair
 (`novafs.eviction.probation`); here they have a feature of their own.
 
-Cost: a touch is a few microseconds for single ones and a fraction of one in batches; a valuation of some dozens of candidates serves up
-to 128 evictions, and in a large tier several leave at once, so that accesses come in batches; learning happens in `work`. `limit_cpu`
-bounds the share of one processor's time: on the way to it shadows pause first, then learning, then LRU decides, and beyond it
-accesses are no longer looked at: what is left is an LRU's cost.
+Cost: a touch is a fraction of a microsecond, and the book hears of it in a batch; a valuation of as many candidates as there are chunks,
+up to 2,048, serves a twelfth as many evictions; learning happens in `work`. `limit_cpu` bounds the share of the process's own time
+(`allowance`): as it runs out a valuation serves more evictions, learning pauses, then the shadows, then LRU decides, and below that
+accesses are no longer looked at: what is left is little more than an LRU's cost.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from typing import ClassVar, Final
 import numpy as np
 
 from novafs.errors import ConfigError
+from novafs.eviction.allowance import CREDIT_FIRST_S, Allowance
 from novafs.eviction.base import EvictionPolicy, Quality
 from novafs.eviction.features import BATCH_MIN, Book
 from novafs.eviction.learner import Learner
 from novafs.eviction.lru import LruPolicy
-from novafs.eviction.ranked import OLDEST, RankedPolicy, candidates, served
+from novafs.eviction.ranked import OLDEST, STALE_SHARE, RankedPolicy, drawn, served
 from novafs.eviction.s3fifo import S3FifoPolicy
 from novafs.eviction.shadow import Shadows
 from novafs.eviction.state import load_model, save_model
@@ -36,20 +38,23 @@ from novafs.eviction.tinylfu import TinyLfuPolicy
 from novafs.eviction.trees import RATE
 from novafs.eviction.twoq import TwoQueuePolicy
 
-UNDER_SHADOWS: Final = 0.6
-"""Of its share of the processor shadows may take so much, so that learning is not starved by them."""
-UNDER_LEARNING: Final = 0.8
-OVER_LRU: Final = 0.95
-OVER_BLIND: Final = 1.1
-"""How far over its share of the processor it leaves the choice to LRU, and stops looking."""
-AHEAD_S: Final = 10.0
-"""Seconds whose share may be spent ahead: learning comes in bursts."""
-PENDING_MAX: Final = 128
-PATIENT_MIN: Final = 4096
-"""With fewer chunks one may leave before the book was told of its access."""
-MEASURED: Final = 8
-PRESSURES: Final = ((0.85, 8), (0.7, 4), (0.5, 2))
-"""Of its share spent, and how many times more evictions one valuation serves then: worse choices before none."""
+LEARN_S: Final = 0.02
+SHADOW_S: Final = 0.01
+LRU_S: Final = 0.0
+BLIND_S: Final = -0.03
+"""Of the allowance's credit: with less, learning pauses, then shadows; then LRU decides, then accesses are no longer looked at."""
+PRESSURES: Final = ((0.03, 4), (0.06, 2))
+"""With less credit than that, how many times more evictions one valuation serves: worse choices before none."""
+PAUSES_MAX: Final = 64
+"""Batches of accesses that the shadows may miss for want of credit before their sample is halved."""
+CHANCES_SHARE: Final = 0.25
+"""Of what may be spent, how much the tiers below get: they ask for few chunks at a time, which is dear."""
+PENDING_MAX: Final = 1024
+PENDING_MIN: Final = 64
+PENDING_SHARE: Final = 4
+"""The book is told of accesses when so many have come, or one for each so many chunks that the tier holds."""
+MEASURED: Final = 16
+INTERRUPTED_S: Final = 2e-4
 MOVE_SLICE: Final = 256
 AT_ONCE: Final = 512
 AT_ONCE_MAX: Final = 64
@@ -82,13 +87,22 @@ class LearnedPolicy(EvictionPolicy):
         self._used_bytes = 0
         self._told_bytes = 0
         self._shadow_chunks = 0.0
-        self._chosen: list[tuple[bytes, float]] = []
+        self._chosen: list[bytes] = []
+        """Whom to evict next, worst last."""
+        self._unread: set[bytes] = set()
+        """Those of them that nobody has asked for since they were valued."""
+        self._stale_at = 0
         self._pending: list[bytes] = []
         """Accessed, and the book does not know it yet."""
+        self._pending_max = PENDING_MIN
         self._evicted = 0
-        self._share_max = 0.0
-        self._since_s = 0.0
-        self._spent_s = 0.0
+        self._allowance = Allowance()
+        self._exact_s = 0.0
+        """Of what was spent, that which was measured and not estimated."""
+        self._exact_before_s = 0.0
+        self._told_s = 0.0
+        """Of what was spent, that which went into `chances`."""
+        self._paused = 0
         self._calls = 0
         self._inserted_at = 0
         self._inserted = 0
@@ -105,37 +119,38 @@ class LearnedPolicy(EvictionPolicy):
         self._rescale(anew=changed)
 
     def limit_cpu(self, share: float) -> None:
-        """Spend at most this share of one processor's time, counted from now; 0 for no limit."""
-        self._share_max = share
-        self._since_s = time.perf_counter()
-        self._spent_s = 0.0
+        """Spend at most this share of the processor time that the process uses from now on; 0 for no limit."""
+        self._allowance = Allowance(share)
+        self._told_s = 0.0
 
     def set_learning_rate(self, factor: float) -> None:
         self._learner.rate = min(1.0, RATE * factor)
 
-    def _over(self, factor: float = UNDER_LEARNING) -> bool:
-        if not self._share_max:
-            return False
-        return self._spent_s > factor * self._share_max * (time.perf_counter() - self._since_s + AHEAD_S)
-
     def _clock(self) -> float:
         # This thread's time: what others took meanwhile is not ours.
-        return time.thread_time() if self._share_max else 0.0
+        return time.thread_time() if self._allowance.limited else 0.0
 
     def _spent(self, began: float) -> None:
-        if self._share_max:
-            self._spent_s += time.thread_time() - began
+        if self._allowance.limited:
+            took_s = time.thread_time() - began
+            self._exact_s += took_s
+            self._allowance.spend(took_s)
 
     def _sampled_clock(self) -> float:
-        """For what is short: one call in `MEASURED` is measured and stands for the others; a negative time says that this one is not."""
-        if not self._share_max:
-            return -1.0
+        """For what is short: one call in `MEASURED` is measured and stands for the others; a negative time says that this one is not.
+
+        The wall's clock: the thread's costs as much to read as what is measured. Whoever was interrupted says nothing.
+        """
         self._calls += 1
-        return -1.0 if self._calls % MEASURED else time.thread_time()
+        if self._calls % MEASURED or not self._allowance.limited:
+            return -1.0
+        self._exact_before_s = self._exact_s
+        return time.perf_counter()
 
     def _spent_sampled(self, began: float) -> None:
-        if began >= 0.0:
-            self._spent_s += MEASURED * (time.thread_time() - began)
+        took_s = time.perf_counter() - began
+        if self._exact_s == self._exact_before_s and took_s < INTERRUPTED_S:
+            self._allowance.spend(MEASURED * took_s)
 
     def _rescale(self, chunks: float = 0.0, *, anew: bool = False) -> None:
         """Fit half-lives, and the shadows where the tier's size in chunks has changed by much, or with `anew`."""
@@ -144,13 +159,15 @@ class LearnedPolicy(EvictionPolicy):
             mean = self._used_bytes / len(book.held) if book.held else CHUNK_BYTES
             chunks = max(1.0, self._told_bytes / mean)
         book.set_scale(chunks)
+        self._pending_max = int(max(PENDING_MIN, min(PENDING_MAX, chunks / PENDING_SHARE)))
         learner, random = self._learner, self._random
         if anew or self._shadows is None or not self._shadow_chunks / 2 < chunks < self._shadow_chunks * 2:
             first = LRU if self._learner.forest is None else MODEL
             in_charge = first if self._shadows is None else self._shadows.in_charge
             makers = {**_EXPERTS, MODEL: lambda: RankedPolicy(book, learner, random)}
             switches = 0 if self._shadows is None else self._shadows.switches
-            self._shadows = Shadows(makers, self._told_bytes or self._used_bytes, chunks, in_charge, MODEL)
+            self._shadows = Shadows(makers, self._told_bytes or self._used_bytes, chunks, LRU, MODEL)
+            self._shadows.in_charge = in_charge
             self._shadows.switches = switches
             self._shadow_chunks = chunks
             for key, slot in book.held.items():
@@ -162,46 +179,57 @@ class LearnedPolicy(EvictionPolicy):
         began = self._sampled_clock()
         shadows = self._shadows
         marked = shadows is not None and shadows.sampled(key)
+        self._unread.discard(key)
         self._book.enter(key, size, place, prefetched=prefetched, marked=marked)
         self._used_bytes += size
         if self._main is not None:
             self._main.insert(key, size, prefetched=prefetched, place=place)
         if not prefetched:
             self._inserted += 1
-            self._note((key,))
+            self._pending.append(key)
+            if len(self._pending) >= self._pending_max:
+                self._catch_up()
         if self._moving is not None:
             self._move()
-        self._spent_sampled(began)
-
-    def _note(self, keys: Sequence[bytes]) -> None:
-        """These were accessed; the book is told a batch at a time."""
-        for start in range(0, len(keys), PENDING_MAX):
-            self._pending.extend(keys[start : start + PENDING_MAX])
-            if len(self._pending) >= PENDING_MAX:
-                self._catch_up()
+        if began >= 0.0:
+            self._spent_sampled(began)
 
     def _catch_up(self) -> None:
         """Tell the book of the accesses noted, oldest first. Before anything is valued."""
+        if not self._pending:
+            return
+        began = self._clock()
+        self._allowance.refresh()
         pending, self._pending = self._pending, []
-        held = self._book.held
-        keys = [key for key in pending if key in held]
-        if self._over(OVER_BLIND):
+        if self._allowance.credit_s < BLIND_S:
             # Only who was read when; what waits for an access may have missed it.
             self._learner.lose_sight()
-        elif len(keys) < BATCH_MIN:
-            for key in keys:
-                slot = held[key]
-                self._accessed(key, slot, self._book.marked(slot))
         else:
-            self._accessed_many(keys)
+            self._tell(pending)
+        self._spent(began)
+
+    def _tell(self, pending: list[bytes]) -> None:
+        book = self._book
+        # Who has left in the meantime was asked for all the same.
+        slots = [book.slot(key) for key in pending]
+        if len(pending) < BATCH_MIN:
+            for key, slot in zip(pending, slots, strict=True):
+                if slot >= 0:
+                    self._accessed(key, slot, book.marked(slot))
+            # Not before: of who came in and is yet to be told of nothing is known.
+            self._draw()
+        elif min(slots) >= 0:
+            self._accessed_many(pending, slots)
+        else:
+            known = [at for at, slot in enumerate(slots) if slot >= 0]
+            self._accessed_many([pending[at] for at in known], [slots[at] for at in known])
 
     def _accessed(self, key: bytes, slot: int, marked: bool) -> None:
         book = self._book
         example = book.access(slot)
         if example >= 0:
             self._learner.answered(example, book.now - 1)
-        self._learner.draw()
-        if marked and self._shadows is not None and not self._over(UNDER_SHADOWS) and self._shadows.access(key, book.size_of(slot)):
+        if marked and self._shadows is not None and self._allowance.credit_s >= SHADOW_S and self._shadows.access(key, book.size_of(slot)):
             self._take_over()
 
     def resize(self, key: bytes, size: int) -> None:
@@ -218,24 +246,49 @@ class LearnedPolicy(EvictionPolicy):
         present = [key for key in keys if key in held]
         for key in present:
             held.move_to_end(key)
+        if self._unread:
+            self._unread.difference_update(present)
         if self._main is not None:
             self._main.touch_many(present)
-        self._note(present)
+        most = self._pending_max
+        for start in range(0, len(present), most):
+            self._pending += present[start : start + most]
+            if len(self._pending) >= most:
+                # Oldest first, and not too many at a time: what comes again and again within a batch is only counted.
+                self._catch_up()
         if self._moving is not None:
             self._move()
-        self._spent_sampled(began)
+        if began >= 0.0:
+            self._spent_sampled(began)
 
-    def _accessed_many(self, keys: list[bytes]) -> None:
+    def _accessed_many(self, keys: list[bytes], numbers: list[int]) -> None:
         book = self._book
-        held = book.held
-        slots = np.fromiter((held[key] for key in keys), dtype=np.int64, count=len(keys))
+        slots = np.array(numbers, dtype=np.int64)
         self._learner.answered_many(*book.access_many(slots))
-        self._learner.draw()
+        self._draw()
         shadows = self._shadows
-        if shadows is not None and not self._over(UNDER_SHADOWS):
+        if shadows is None:
+            return
+        if self._allowance.credit_s < SHADOW_S:
+            self._paused += 1
+            if self._paused > PAUSES_MAX:
+                self._coarsen(shadows)
+        else:
             for at in book.marked_of(slots).tolist():
                 if shadows.access(keys[at], book.size_of(int(slots[at]))):
                     self._take_over()
+
+    def _draw(self) -> None:
+        if self._allowance.credit_s >= LEARN_S:
+            self._learner.draw()
+
+    def _coarsen(self, shadows: Shadows) -> None:
+        """The shadows miss too much: fewer keys, and those at all times."""
+        self._paused = 0
+        if shadows.coarsen():
+            book = self._book
+            for key, slot in (*book.held.items(), *book.ghosts.items()):
+                book.mark(slot, shadows.sampled(key))
 
     def remove(self, key: bytes) -> None:
         if self._forget(key, ghost=False) and self._main is not None:
@@ -243,42 +296,40 @@ class LearnedPolicy(EvictionPolicy):
 
     def _forget(self, key: bytes, *, ghost: bool) -> int:
         """Its bytes; 0 where it was not held."""
-        slot = self._book.held.get(key)
-        if slot is None:
+        slot = self._book.leave(key, ghost=ghost)
+        if slot < 0:
             return 0
         size = self._book.size_of(slot)
-        self._book.leave(key, ghost=ghost)
         self._used_bytes -= size
         return max(1, size)
 
     # --- who leaves ------------------------------------------------------------------------------------------
 
     def victims(self, bytes_needed: int) -> list[bytes]:
-        began = self._clock()
+        began = self._sampled_clock()
         held = self._book.held
-        if len(held) < PATIENT_MIN or self._in_charge == MODEL or len(self._pending) >= BATCH_MIN:
-            self._catch_up()
         if not self._evicted and held:
             # Full for the first time: now it is known how many chunks the tier holds.
             self._rescale(float(len(held)))
             self._inserted_at, self._inserted = self._book.now, 0
         gone: list[bytes] = []
         # The experts' own choice depends on what came in since the last.
-        least = min(AT_ONCE_MAX, len(held) // AT_ONCE) if self._main is None else 0
+        model = self._in_charge == MODEL and self._learner.forest is not None and self._allowance.credit_s >= LRU_S
+        least = min(AT_ONCE_MAX, len(held) // AT_ONCE) if model else 0
         while (bytes_needed > 0 or len(gone) < least) and held:
             if self._main is not None and self._moving is None:
                 for named in self._main.victims(bytes_needed):
                     bytes_needed -= self._forget(named, ghost=True)
                     gone.append(named)
                 continue
-            learned = self._in_charge == MODEL and self._learner.forest is not None and not self._over(OVER_LRU)
-            key = self._worst() if learned else next(iter(held))
+            key = self._worst() if model else next(iter(held))
             bytes_needed -= self._forget(key, ghost=True)
             if self._main is not None:
                 self._main.remove(key)
             gone.append(key)
         self._count(len(gone))
-        self._spent(began)
+        if began >= 0.0:
+            self._spent_sampled(began)
         return gone
 
     def _count(self, gone: int) -> None:
@@ -297,24 +348,26 @@ class LearnedPolicy(EvictionPolicy):
 
     def _worst(self) -> bytes:
         book = self._book
-        chosen = self._chosen
+        chosen, unread = self._chosen, self._unread
+        if book.now + len(self._pending) >= self._stale_at:
+            chosen.clear()
         while chosen:
-            key, last = chosen.pop()
-            slot = book.held.get(key)
-            if slot is not None and book.last_of(slot) == last:
+            key = chosen.pop()
+            if key in unread and key in book.held:
                 return key
+        self._catch_up()
+        began = self._clock()
         held = len(book.held)
-        slots = np.concatenate(
-            [
-                np.fromiter(itertools.islice(book.held.values(), OLDEST), dtype=np.int64),
-                book.draw(self._random, candidates(held)),
-            ]
-        )
-        more = next((times for spent, times in PRESSURES if self._over(spent)), 1)
-        order = self._learner.worst_first(slots)[: served(held) * more]
-        keys = [book.key_of(slot) for slot in order.tolist()]
-        self._chosen = list(zip(reversed(keys), reversed(book.lasts_of(order).tolist()), strict=True))
-        return self._chosen.pop()[0]
+        oldest = np.fromiter(itertools.islice(book.held.values(), OLDEST), dtype=np.int64)
+        slots = np.concatenate([oldest, book.draw(self._random, drawn(held))])
+        credit_s = self._allowance.credit_s
+        more = next((times for least, times in PRESSURES if credit_s < least), 1)
+        order = self._learner.worst_first(slots)[: served(len(slots)) * more]
+        self._stale_at = book.now + int(STALE_SHARE * held) * more + 1
+        self._chosen = chosen = [book.key_of(slot) for slot in reversed(order.tolist())]
+        self._unread = set(chosen)
+        self._spent(began)
+        return chosen.pop()
 
     # --- who is in charge ------------------------------------------------------------------------------------
 
@@ -335,7 +388,7 @@ class LearnedPolicy(EvictionPolicy):
             self._move()
 
     def _begin_model(self) -> None:
-        """There is a model now: it has the word until it is measured to be worse than somebody."""
+        """There is a model now: it has the word until it was measured, which is soon, and then as long as it is no worse than LRU."""
         if self._shadows is not None:
             self._shadows.begin(MODEL)
             self._take_over()
@@ -356,28 +409,36 @@ class LearnedPolicy(EvictionPolicy):
     # --- learning, quality, state ----------------------------------------------------------------------------
 
     def work(self) -> bool:
-        if self._over():
+        self._allowance.refresh()
+        if self._allowance.credit_s < LEARN_S:
             return False
-        began = time.thread_time()
         self._catch_up()
+        began = self._clock()
         untrained = self._learner.forest is None
         more = self._learner.step()
         if untrained and self._learner.forest is not None:
             self._begin_model()
-        self._spent_s += time.thread_time() - began
+        self._spent(began)
         return more
 
     def chances(self, keys: Sequence[bytes]) -> list[float | None]:
         """Of each key that is held, or was lately, the guessed chance that it is asked for again while it can be held; None where nothing
         is known, and beyond the share of the processor."""
-        if self._learner.forest is None or self._over():
+        allowance = self._allowance
+        spent_s = allowance.spent_s
+        if (
+            self._learner.forest is None
+            or allowance.credit_s < LRU_S
+            or (allowance.limited and self._told_s > CHANCES_SHARE * (spent_s + CREDIT_FIRST_S))
+        ):
             return [None] * len(keys)
-        began = self._clock()
         self._catch_up()
+        began = self._clock()
         slots = [self._book.slot(key) for key in keys]
         known = [slot for slot in slots if slot >= 0]
         said = self._learner.chances(np.array(known, dtype=np.int64)) if known else None
         self._spent(began)
+        self._told_s += allowance.spent_s - spent_s
         if said is None:
             return [None] * len(slots)
         answers = iter(said.tolist())
@@ -395,7 +456,7 @@ class LearnedPolicy(EvictionPolicy):
             shadow_hit_rates=shadows.hit_rates() if shadows is not None else {},
             switches=shadows.switches if shadows is not None else 0,
             trainings=learner.trainings,
-            cpu_s=self._spent_s,
+            cpu_s=self._allowance.spent_s,
             memory_bytes=self._book.memory_bytes + learner.memory_bytes + (shadows.memory_bytes if shadows is not None else 0),
         )
 

@@ -25,6 +25,7 @@ from novafs.eviction.trees import RATE, Forest, Training
 EXAMPLES: Final = 10_000
 GROUP: Final = 32
 """Examples drawn at once."""
+GROUPS_MAX: Final = 16
 SHARE_MAX: Final = 0.4
 """Examples for each access at most."""
 USABLE_MIN: Final = 300
@@ -82,8 +83,11 @@ class Learner:
         if not self._count:
             self._began = book.now
         share = min(SHARE_MAX, 0.5 * EXAMPLES / max(1.0, self.lifetime or 8 * book.scale))
-        self._draw_at = book.now + int(GROUP / share)
-        slots = np.unique(book.draw(self._random, GROUP))
+        interval = max(1, int(GROUP / share))
+        # Accesses come in batches: as many groups as were due in this one.
+        groups = min(GROUPS_MAX, 1 + (book.now - self._draw_at) // interval) if self._draw_at else 1
+        self._draw_at = book.now + interval
+        slots = np.unique(book.draw(self._random, GROUP * groups))
         slots = slots[book.pending[slots] < 0]
         rows = book.rows(slots)
         at = np.arange(self._count, self._count + len(slots)) % EXAMPLES

@@ -17,24 +17,22 @@ from novafs.eviction.features import Book
 from novafs.eviction.learner import Learner
 
 OLDEST: Final = 32
-DRAWN_EACH: Final = 32
-DRAWN_MAX: Final = 320
-"""The bound on what one valuation costs: the larger the tier the fewer candidates there are for each eviction."""
-SERVED: Final = 8
-SERVED_MAX: Final = 128
-SERVED_SHARE: Final = 32
-SERVED_SHARE_LARGE: Final = 2048
-"""At most an eviction for so many keys held: beyond that a valuation would be old before it is used up."""
+CANDIDATES_MAX: Final = 2048
+"""As many candidates are drawn as there are chunks, up to this: about a millisecond's work."""
+EACH: Final = 12
+"""Candidates for each eviction."""
+STALE_SHARE: Final = 0.25
+"""A valuation is old after so many accesses, as a share of what is held."""
 
 
-def served(held: int) -> int:
-    """How many evictions one valuation serves in a tier of that many chunks."""
-    return max(1, min(SERVED, held // SERVED_SHARE), min(SERVED_MAX, held // SERVED_SHARE_LARGE))
+def drawn(held: int) -> int:
+    """How many candidates are drawn in a tier of that many chunks, beside the oldest."""
+    return max(OLDEST, min(CANDIDATES_MAX, held))
 
 
-def candidates(held: int) -> int:
-    """How many are drawn at random for it."""
-    return min(DRAWN_MAX, DRAWN_EACH * served(held))
+def served(candidates: int) -> int:
+    """How many evictions one valuation of so many candidates serves."""
+    return max(1, candidates // EACH)
 
 
 class RankedPolicy(EvictionPolicy):
@@ -49,9 +47,14 @@ class RankedPolicy(EvictionPolicy):
         self._sizes: OrderedDict[bytes, int] = OrderedDict()
         self._seats: list[bytes] = []
         self._seat: dict[bytes, int] = {}
-        self._chosen: list[tuple[bytes, float]] = []
+        self._chosen: list[bytes] = []
+        """Whom to evict next, worst last."""
+        self._unread: set[bytes] = set()
+        """Those of them that nobody has asked for since they were valued."""
+        self._stale_at = 0
 
     def insert(self, key: bytes, size: int, *, prefetched: bool = False, place: int = -1) -> None:  # noqa: ARG002 - the book knows
+        self._unread.discard(key)
         self._sizes[key] = size
         self._seat[key] = len(self._seats)
         self._seats.append(key)
@@ -63,6 +66,7 @@ class RankedPolicy(EvictionPolicy):
     def touch(self, key: bytes) -> None:
         if key in self._sizes:
             self._sizes.move_to_end(key)
+            self._unread.discard(key)
 
     def remove(self, key: bytes) -> None:
         if self._sizes.pop(key, None) is not None:
@@ -85,28 +89,30 @@ class RankedPolicy(EvictionPolicy):
         return gone
 
     def _worst(self) -> bytes:
-        book = self._book
+        book, sizes = self._book, self._sizes
         if self._learner.forest is None:
-            return next(iter(self._sizes))
-        chosen = self._chosen
+            return next(iter(sizes))
+        chosen, unread = self._chosen, self._unread
+        if book.now >= self._stale_at:
+            chosen.clear()
         while chosen:
-            key, last = chosen.pop()
-            slot = book.slot(key) if key in self._sizes else -1
-            if slot >= 0 and book.last_of(slot) == last:
+            key = chosen.pop()
+            if key in unread and key in sizes:
                 return key
-        sizes = self._sizes
-        keys = list(itertools.islice(sizes, OLDEST))
         held = len(sizes)
-        keys.extend(self._seats[at] for at in self._random.integers(0, held, candidates(held)).tolist())
+        keys = list(itertools.islice(sizes, OLDEST))
+        keys.extend(self._seats[at] for at in self._random.integers(0, held, drawn(held)).tolist())
         by_slot = {}
         for key in keys:
             slot = book.slot(key)
             if slot < 0:
                 return key
             by_slot[slot] = key
-        order = self._learner.worst_first(np.fromiter(by_slot, dtype=np.int64, count=len(by_slot)))[: served(held)]
-        self._chosen = [(by_slot[slot], book.last_of(slot)) for slot in reversed(order.tolist())]
-        return self._chosen.pop()[0]
+        order = self._learner.worst_first(np.fromiter(by_slot, dtype=np.int64, count=len(by_slot)))[: served(len(by_slot))]
+        self._stale_at = book.now + int(STALE_SHARE * book.scale) + 1
+        self._chosen = chosen = [by_slot[slot] for slot in reversed(order.tolist())]
+        self._unread = set(chosen)
+        return chosen.pop()
 
     def __len__(self) -> int:
         return len(self._sizes)

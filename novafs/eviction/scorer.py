@@ -16,7 +16,7 @@ import numpy as np
 from novafs.eviction.base import EvictionPolicy
 
 if TYPE_CHECKING:
-    from novafs.registry import ModelFigures, Scorer
+    from novafs.registry import Guard, ModelFigures, Scorer
 
 OLDEST: Final = 16
 DRAWN: Final = 48
@@ -58,6 +58,16 @@ class ScorerPolicy(EvictionPolicy):
         self._pattern_of: Callable[[int], str] = lambda _: "idle"
         learn = getattr(scorer, "learn", None)
         self._learn: Callable[[Any, bool], object] | None = learn if callable(learn) else None
+
+    @property
+    def scorer(self) -> Scorer:
+        """The program's own."""
+        return self._scorer
+
+    @property
+    def guard(self) -> Guard:
+        """Of the calls into it."""
+        return self._guard
 
     def set_patterns(self, pattern_of: Callable[[int], str]) -> None:
         self._pattern_of = pattern_of

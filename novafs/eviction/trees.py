@@ -30,6 +30,9 @@ RIDGE: Final = 5.0
 DRAW: Final = 0.5
 """Share of the rows that a tree is grown on."""
 _SEED: Final = 20260822
+_COUNT: Final = float(1 << 32)
+_HALF: Final = float(1 << 30)
+"""Sums of quantised residuals stay below half of `_COUNT`, so both can be told apart; up to 2**20 rows all is exact in 53 bits."""
 
 
 class Forest:
@@ -88,7 +91,10 @@ class Training:
         self._drawn = self._rows[drawn]
         self._cells = self._drawn + self._offsets
         self._residual = (self._targets - self._answer)[drawn]
-        self._weights = np.repeat(self._residual, self._width)
+        # One histogram holds both, count in the high bits and residual in the low: half the work, and no bit of a count is lost.
+        largest = float(np.abs(self._residual).max(initial=0.0)) * max(1, len(self._residual))
+        self._unit = largest / _HALF if largest > 0.0 else 1.0
+        self._weights = np.repeat(_COUNT + np.rint(self._residual / self._unit), self._width)
         self._leaf = np.zeros(len(self._drawn), dtype=np.int64)
 
     @property
@@ -125,8 +131,9 @@ class Training:
         leaves = 1 << self._level
         cells = leaves * self._width * BINS
         where = (self._cells + (self._leaf * (self._width * BINS))[:, None]).ravel()
-        total = np.bincount(where, self._weights, cells).reshape(leaves, self._width, BINS).cumsum(axis=2)
-        count = np.bincount(where, minlength=cells).reshape(leaves, self._width, BINS).cumsum(axis=2)
+        both = np.bincount(where, self._weights, cells).reshape(leaves, self._width, BINS).cumsum(axis=2)
+        count = np.rint(both / _COUNT)
+        total = (both - count * _COUNT) * self._unit
         others = total[:, :, -1:] - total
         other_count = count[:, :, -1:] - count
         gain = (total**2 / (count + RIDGE) + others**2 / (other_count + RIDGE)).sum(axis=0)

@@ -72,6 +72,8 @@ class EngineStatistics:
     pending: int
     candidates: int
     examples: int
+    right: int
+    """Of the examples: how often the gate had said what came of it."""
     log_loss: float
     patience: float
     lifetime: float

@@ -187,21 +187,23 @@ class PrefetchEngine:
             if wanted:
                 self._decide(image, wanted)
 
-    def skim(self, place: Place, chunk_id: bytes, *, missed: bool = False) -> None:
-        """An access of which only the least is noted: that the chunk is in use, and after an open in which order; and of a miss, that it
-        was one. For accesses above the CPU budget (`throttle.py`). chunk_id: or what begins with it, like the map's entry.
+    def skim_miss(self, place: Place, chunk_id: bytes) -> None:
+        """A miss of an image on which prefetch is `hopeless`, of which less is noted than of a hit: that it was one, and after an open in
+        which order, for its profile."""
+        image = self._images.get(place >> INDEX_BITS)
+        if image is not None:
+            image.misses += 1
+            image.base_misses += 1  # nothing would have been different without prefetch
+            if image.recorder is not None:
+                self._record(image, place, key_of(chunk_id))
 
-        The first use of a prefetch, and what goes on where an access before it was, must go to `observe`; `expected` and `continues` tell.
+    def skim(self, place: Place, chunk_id: bytes) -> None:
+        """An access of which only the least is noted: that the chunk is in use, and after an open in which order. For hits above the CPU
+        budget (`throttle.py`). chunk_id: or what begins with it, like the map's entry.
+
+        The first use of a prefetch must go to `observe`; `expected` tells.
         """
         image = self._images.get(place >> INDEX_BITS)
-        if missed:
-            self._misses += 1
-            self._judge.answered(place, self._tick)
-            self._presence.tick(place, missed=True)
-            self._presence.hold(place, key_of(chunk_id), self._issued)
-            if image is not None:
-                image.misses += 1
-                image.streams.observe(Access(place, NOTHING, 0.0, False, False))
         if self._shadow.observe(place) and image is not None:
             image.base_misses += self._shadow.weight
         self._judge.skimmed(place, self._tick)
@@ -284,11 +286,6 @@ class PrefetchEngine:
         """Whether prefetch has found next to nothing to do on this image so far, as where reads are random."""
         image = self._images.get(number)
         return image is not None and image.misses >= HOPE_MISSES and image.counts.used * HOPE_SHARE < image.misses
-
-    def continues(self, place: Place) -> bool:
-        """Whether a stream of this image has come up to here."""
-        image = self._images.get(place >> INDEX_BITS)
-        return image is not None and image.streams.continues(place & INDEX_MASK)
 
     def set_latency(self, latency_s: float) -> None:
         """What a fetch takes at present: the sources look so far ahead that what they name can be there in time."""
@@ -383,6 +380,7 @@ class PrefetchEngine:
             pending=len(self._issued),
             candidates=self._judge.judged,
             examples=self.gate.examples,
+            right=self.gate.right,
             log_loss=self.gate.log_loss,
             patience=self._judge.patience,
             lifetime=self._judge.life,

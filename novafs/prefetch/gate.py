@@ -92,7 +92,7 @@ class GateRecord(msgspec.Struct, array_like=True):
 class Gate:
     """The model. Scores are log odds before calibration."""
 
-    __slots__ = ("_odds", "_rate", "_seen", "_squares", "_used", "_weights", "examples", "log_loss")
+    __slots__ = ("_odds", "_rate", "_seen", "_squares", "_used", "_weights", "examples", "log_loss", "right")
 
     def __init__(self) -> None:
         self._rate = RATE
@@ -109,6 +109,8 @@ class Gate:
         self.examples = 0
         self.log_loss = 0.0
         """Mean cost of the calibrated predictions, in nats, over about the last thousand examples."""
+        self.right = 0
+        """Examples of which the calibrated prediction was on the right side of a half."""
 
     def set_learning_rate(self, factor: float) -> None:
         """Learn so many times as fast as usual; 0: not at all."""
@@ -154,6 +156,7 @@ class Gate:
         self._seen[number] = seen
         share = self._used[number]
         self.log_loss += 0.001 * (-math.log((share if used else 1.0 - share) + _ODDS_MIN) - self.log_loss)
+        self.right += (share > 0.5) == (used > 0.5)
         share += (used - share) / seen
         self._used[number] = share
         self._odds[number] = math.log((share + _ODDS_MIN) / (1.0 - share + _ODDS_MIN))

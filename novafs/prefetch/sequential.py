@@ -89,10 +89,6 @@ class SequentialSource:
         else:
             self._candidates = self._strided(place, index)
 
-    def continues(self, index: int) -> bool:
-        """Whether an access to this chunk would continue a stream."""
-        return index - 1 in self._heads or index + 1 in self._heads
-
     def there(self, count: int) -> None:
         """The first `count` of the candidates are there or on their way: the stream does not name them again. For long windows: it
         would name a hundred that are known for each that is new.

@@ -27,7 +27,7 @@ from typing import Any
 
 import trio
 
-from novafs.mounttable import mount_at
+from tests.bench.juicefs import JuiceFS
 from tests.bench.relay import relay
 from tests.support.ceph import Ceph
 from tests.support.engine import make_volume
@@ -109,23 +109,6 @@ class Bench:
         return found
 
 
-@contextmanager
-def juicefs(program: str, directory: Path, redis_port: int) -> Iterator[Path]:
-    """JuiceFS mounted with an empty cache."""
-    cache = Path(tempfile.mkdtemp(dir=directory))
-    path = directory / "jfs"
-    path.mkdir(exist_ok=True)
-    command = [program, "mount", "--no-usage-report", "--cache-dir", str(cache), "--log", str(directory / "juicefs.log"), "-d"]
-    subprocess.run([*command, f"redis://127.0.0.1:{redis_port}/1", str(path)], check=True, capture_output=True)
-    try:
-        yield path
-    finally:
-        subprocess.run([program, "umount", "--force", str(path)], capture_output=True)
-        if mount_at(path) is not None:
-            subprocess.run(["umount", "-l", str(path)], capture_output=True)
-        shutil.rmtree(cache, ignore_errors=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
@@ -160,27 +143,21 @@ def main() -> None:
             subprocess.run([*run, "clone", straight, "one.raw", f"clone{number}.raw"], check=True, capture_output=True)
         bench = Bench(directory, ceph.volume_url("boot", "nova", endpoint=f"http://127.0.0.1:{port}"), trace)
         rounds: list[dict[str, Any]] = []
+        juicefs = None
         unlearned = bench.novafs("one.raw", warm=True)
         if arguments.juicefs:
             ceph.make_bucket("juice")
-            subprocess.run(
-                [
-                    *(arguments.juicefs, "format", "--storage", "s3", "--bucket", f"http://127.0.0.1:{port}/juice"),
-                    *("--access-key", ceph.environment["AWS_ACCESS_KEY_ID"], "--secret-key", ceph.environment["AWS_SECRET_ACCESS_KEY"]),
-                    *(f"redis://127.0.0.1:{redis.port}/1", "bench"),
-                ],
-                check=True,
-                capture_output=True,
-            )
-            with juicefs(arguments.juicefs, directory, redis.port) as path:
+            juicefs = JuiceFS(arguments.juicefs, directory / "juicefs", f"redis://127.0.0.1:{redis.port}/1")
+            juicefs.format(f"http://127.0.0.1:{port}/juice", ceph)
+            with juicefs.mounted() as path:
                 subprocess.run(["cp", "--sparse=always", str(image), str(path / "one.raw")], check=True)
         for number in range(arguments.rounds):
             one: dict[str, Any] = {
                 "learned": bench.novafs(f"clone{number}.raw", warm=True),
                 "off": bench.novafs("one.raw", "--set", "prefetch.enabled=false"),
             }
-            if arguments.juicefs:
-                with juicefs(arguments.juicefs, directory, redis.port) as path:
+            if juicefs is not None:
+                with juicefs.mounted() as path:
                     one["juicefs"] = {"cold": replay(trace, path / "one.raw"), "warm": replay(trace, path / "one.raw")}
             rounds.append(one)
             if not arguments.json:

@@ -17,6 +17,7 @@ import json
 import mmap
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -97,6 +98,7 @@ def _cpu_s(pid: int) -> float:
 
 def _row(directory: Path, url: str, offsets: list[int], l1: str, policy: str, prefetch: str, pause_s: float) -> None:
     here = directory / f"{policy}-{prefetch}"
+    shutil.rmtree(directory / "store" / "models", ignore_errors=True)  # what the row before has learned
     options = ["--l1-capacity", l1, "--set", f"l1.policy={policy}", "--set", f"prefetch.enabled={'true' if prefetch == 'on' else 'false'}"]
     with running(url, here / "mnt", here / "state", *options) as mount:
         fd = os.open(mount.path / "disk.raw", os.O_RDONLY | os.O_DIRECT)

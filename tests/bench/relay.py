@@ -19,8 +19,8 @@ SOURCE = Path(__file__).with_name("netdelay.c")
 
 
 @contextmanager
-def relay(upstream_port: int, *, delay_ms: float = 20, mbit_per_s: float = 2000) -> Iterator[int]:
-    """The port of a relay to a server on this host, for as long as the block lasts."""
+def relay(upstream_port: int, *, delay_ms: float = 20, mbit_per_s: float = 2000, up_mbit_per_s: float = 0) -> Iterator[int]:
+    """The port of a relay to a server on this host, for as long as the block lasts. up_mbit_per_s: to the server, 0: no bound."""
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
         raise SystemExit("no C compiler: install gcc")
@@ -28,7 +28,7 @@ def relay(upstream_port: int, *, delay_ms: float = 20, mbit_per_s: float = 2000)
         program = Path(directory) / "netdelay"
         subprocess.run([compiler, "-O2", "-o", str(program), str(SOURCE)], check=True)
         port = free_port()
-        process = subprocess.Popen([str(program), str(port), str(upstream_port), str(delay_ms), str(mbit_per_s)])
+        process = subprocess.Popen([str(program), str(port), str(upstream_port), str(delay_ms), str(mbit_per_s), str(up_mbit_per_s)])
         try:
             time.sleep(0.2)  # it says nothing when it listens
             yield port

@@ -137,6 +137,8 @@ class Trace:
         self.directory = directory
         self.durability = durability
         self.faults = faults
+        self.delta = seed % 2 == 1
+        """Half of all workloads store deltas (`novafs.delta`)."""
         self.steps = steps
         self.events: list[Event] = []
         self.models: list[ImageModel] = []
@@ -188,7 +190,7 @@ class Trace:
 
     async def _prepare(self) -> None:
         client = StoreClient(self.store)
-        await init_volume(client, chunk_size=CHUNK)
+        await init_volume(client, chunk_size=CHUNK, delta=self.delta)
         async with open_volume(config_for(self.directory / "setup"), owns_state=True, store=self.store) as volume:
             for number in range(self._count):
                 entry = await volume.create(ROOT_ID, f"{number}.raw")

@@ -74,6 +74,7 @@ class World:
     def __init__(self, seed: int, directory: Path, rules: str, *, machines: int = 2, duration_s: float = 30.0) -> None:
         self.rules = rules
         self.duration_s = duration_s
+        self.seed = seed
         self.simulation = Simulation(seed, pause_s=0.05)
         self.rng = self.simulation.rng
         self.store = MemoryStore(clock_s=self.simulation.now_s)
@@ -107,7 +108,7 @@ class World:
         return config_for(root / "state", **flags)
 
     async def _prepare(self) -> None:
-        await init_volume(StoreClient(self.store), chunk_size=CHUNK)
+        await init_volume(StoreClient(self.store), chunk_size=CHUNK, delta=self.seed % 2 == 1)
         root = self.machines[0].disk.root.parent / "setup"
         async with open_volume(self._config(root), owns_state=True, store=self.store) as volume:
             self.node_id = (await volume.create(ROOT_ID, "disk.raw")).node_id

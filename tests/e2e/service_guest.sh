@@ -17,7 +17,7 @@ until_true() {
 unit=novafs@web.service
 property() { systemctl show --value -p "$1" $unit; }
 same() { cmp /run/payload/data.raw /images/web/data.raw && echo same; }
-processes() { grep -l -a -e '^/opt/novafs' /proc/[0-9]*/cmdline 2>/dev/null | wc -l; }
+processes() { grep -l -a -e '^/opt/novafs' -e '[v]alkey-server' /proc/[0-9]*/cmdline 2>/dev/null | wc -l; }
 # The kernel and systemd (SIGRTMIN+21, see systemd(1)) leave the console to this script.
 dmesg -n 1
 kill -55 1
@@ -31,11 +31,15 @@ python3 -m venv --without-pip /opt/novafs
 echo /mnt/site >"$(echo /opt/novafs/lib/python3*/site-packages)/site.pth"
 /opt/novafs/bin/python -m pip --disable-pip-version-check install -q --no-compile --no-index --no-deps --root-user-action=ignore \
     /run/payload/*.whl
+# What pip, left alone, would have compiled by now.
+cp -r /run/payload/compiled/. /opt/novafs/lib/python3*/site-packages/
 took wheel
 PATH=/opt/novafs/bin:$PATH
 say install-units "$(novafs install-units | one_line)"
 systemd-analyze verify --man=no novafs@web.service novafs-gc@web.service novafs-gc@web.timer novafs-scrub@web.service novafs-scrub@web.timer >/tmp/out 2>&1
 say verify "status $? $(one_line </tmp/out)"
+say security "$(systemd-analyze security --no-pager novafs@web.service novafs-gc@web.service novafs-scrub@web.service |
+    sed -n 's/.*Overall exposure level.*: \([0-9.]*\) .*/\1/p' | one_line)"
 cat >/etc/novafs/web.toml <<'END'
 volume = "file:///srv/volume"
 mount_options = "allow_other"
@@ -43,9 +47,6 @@ metrics = "off"
 
 [l1]
 capacity = "32MiB"
-
-[l2]
-url = "none"
 END
 took units
 
@@ -54,6 +55,7 @@ systemctl start $unit
 say start "status $? $(findmnt -n -o FSTYPE,SOURCE /images/web) $(same)"
 took start
 say status "$(systemctl status --no-pager -n 0 $unit | sed -n 's/^ *Status: //p')"
+say l2 "$(cat /proc/[0-9]*/comm | grep -c '^valkey') server"
 say capabilities "$(sed -n 's/^CapEff:\t*//p' "/proc/$(property MainPID)/status")"
 cp /run/payload/data.raw /images/web/copy.raw
 

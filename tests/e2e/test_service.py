@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from tests.support.cli import novafs
 from tests.support.guest import Guest, guest_image
-from tests.support.guest_python import build_wheel, dependencies_disk, run
+from tests.support.guest_python import ROOT, build_wheel, compile_modules, dependencies_disk, run
 
 pytestmark = [pytest.mark.qemu, pytest.mark.slow]
 
@@ -28,7 +29,7 @@ class Report:
 
     def __init__(self, console: str) -> None:
         self.console = console
-        self._said = re.findall(r"GUEST ([a-z-]+)\b ?([^\r\n]*)", console)
+        self._said = re.findall(r"GUEST ([a-z0-9-]+)\b ?([^\r\n]*)", console)
         self.log, self.errors, self.tracebacks = (
             [line.strip() for line in re.findall(rf"^{word} ([^\r\n]*)", console, flags=re.MULTILINE)]
             for word in ("LOG", "ERROR", "TRACEBACK")
@@ -48,16 +49,20 @@ def boot(directory: Path) -> Report:
     """What the guest finds."""
     tree = directory / "payload"
     tree.mkdir()
-    wheel = build_wheel(directory)
+    with ThreadPoolExecutor(max_workers=1) as beside:
+        building = beside.submit(build_wheel, directory)
+        (tree / "data.raw").write_bytes(bytes(range(256)) * 12_000)
+        volume = f"file://{tree / 'volume'}"
+        options = ("--state-dir", directory / "state", "--l2-url", "none")
+        novafs("init", volume, *options)
+        novafs("import", volume, tree / "data.raw", *options)
+        for package in (ROOT / "novafs", ROOT / "mount/novafs_mount"):
+            compile_modules(package, tree / "compiled" / package.name)
+        wheel = building.result()
     wheel.rename(tree / wheel.name)
-    (tree / "data.raw").write_bytes(bytes(range(256)) * 12_000)
-    volume = f"file://{tree / 'volume'}"
-    options = ("--state-dir", directory / "state", "--l2-url", "none")
-    novafs("init", volume, *options)
-    novafs("import", volume, tree / "data.raw", *options)
     packed = directory / "payload.raw"
     with packed.open("wb") as file:
-        file.truncate(16 << 20)
+        file.truncate(32 << 20)
     run("mke2fs", "-q", "-F", "-t", "ext4", "-d", tree, packed)
     image = guest_image()
     disk = directory / "disk.raw"
@@ -79,11 +84,18 @@ def test_an_operators_host_from_the_wheel_to_an_fstab_line(tmp_path: Path) -> No
         assert f"installed {path}" in installed
     assert installed.endswith("systemd has read the units")
     assert said["verify"] == "status 0"
+    runbook = (ROOT / "docs/operations.md").read_text()
+    scores = re.search(r"`systemd-analyze security novafs@web.service` says ([\d.]+) .* which mount nothing, ([\d.]+) ", runbook)
+    assert scores is not None
+    assert said["security"].split() == [scores[1], scores[2], scores[2]]
 
     # `systemctl start` returns when the mount answers.
     assert said["start"] == "status 0 fuse.novafs web same"
     assert said["status"] == '"serving /images/web: 0 files open; everything stored"'
     assert int(said["capabilities"], 16).bit_count() == 3
+    # What the package brings is used by default, and its server lives with what the unit allows.
+    assert said["l2"] == "1 server"
+    assert not said.logged("without L2")
 
     # What can change under the mount does, the rest is named.
     assert said["reload"] == "status 0"

@@ -197,7 +197,7 @@ def test_without_fusermount_it_says_what_to_install(place: Place, monkeypatch: p
 
     monkeypatch.setattr(mountpoint.shutil, "which", lambda *_args, **_kwargs: None)
     assert shutil.which("sh") is None
-    message = place.volume.command.fails("mount", place.volume.url, place.mnt, *place.volume.options)
+    message = place.volume.command.fails("mount", place.volume.url, place.mnt, *place.volume.options, status=3)
     assert message == "fusermount3 is not installed: install the package 'fuse3'"
 
 
@@ -205,13 +205,13 @@ def test_without_fuse_it_says_what_to_do(place: Place, tmp_path: Path, monkeypat
     from novafs_mount import mountpoint
 
     monkeypatch.setattr(mountpoint, "FUSE_DEVICE", tmp_path / "fuse")
-    message = place.volume.command.fails("mount", place.volume.url, place.mnt, *place.volume.options)
+    message = place.volume.command.fails("mount", place.volume.url, place.mnt, *place.volume.options, status=3)
     assert message.startswith(f"{tmp_path}/fuse is missing: load the kernel module with 'modprobe fuse'")
 
 
 def test_without_the_file_systems_package_it_says_what_to_install(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    message = place.volume.command.fails("mount", place.volume.url, place.mnt, *place.volume.options)
+    message = place.volume.command.fails("mount", place.volume.url, place.mnt, *place.volume.options, status=3)
     assert message == "the Python package novafs_mount is not installed, and a mount needs it: install novafs anew with pip"
 
 
@@ -259,9 +259,30 @@ def test_a_dead_mount_is_replaced_by_the_next(place: Place) -> None:
     statedir.wait_unlocked(place.volume.state, pid)
     done = place.mount()
     assert done.returncode == 0
-    assert done.stderr == f"novafs: {place.mnt} is the mount of a daemon that has died (process {pid}): detaching it\n"
+    assert done.stderr == f"novafs: {place.mnt} is the mount of a daemon that has died (process {pid}): replacing it\n"
+    assert "detaching it before mounting again" in place.log()
     assert list(place.mnt.iterdir()) == []
     assert place.umount().returncode == 0
+
+
+def test_a_dead_mount_stays_until_the_next_can_take_its_place(place: Place) -> None:
+    """Whoever goes on writing must not write into the directory below; and what is there all the same does not keep the volume away."""
+    (place.mnt / "below.raw").write_bytes(b"x")
+    pid = place.mounted("-o", "nonempty")
+    os.kill(pid, signal.SIGKILL)
+    statedir.wait_unlocked(place.volume.state, pid)
+    away = place.volume.root.with_name("away")
+    place.volume.root.rename(away)
+    assert place.mount().returncode == 1
+    assert mount_at(place.mnt) is not None
+    with pytest.raises(OSError, match="not connected"):
+        (place.mnt / "new.raw").write_bytes(b"written while nothing is mounted")
+    away.rename(place.volume.root)
+    assert place.mount().returncode == 0
+    assert list(place.mnt.iterdir()) == []
+    assert f"the directory below {place.mnt} is not empty, and the mount hides what is in it (below.raw)" in place.log()
+    assert place.umount().returncode == 0
+    assert [path.name for path in place.mnt.iterdir()] == ["below.raw"]
 
 
 def test_a_mount_of_which_nothing_is_noted_is_unmounted_with_a_word(place: Place) -> None:
@@ -283,11 +304,15 @@ def test_a_daemon_that_could_not_store_everything_makes_umount_fail(place: Place
     place.volume.root.rename(away)
     with pytest.raises(OSError, match="Input/output error"):
         os.close(fd)
+    with pytest.raises(OSError, match="Input/output error"):
+        (place.mnt / "b.raw").stat()
     done = place.umount()
     away.rename(place.volume.root)
     message = failed(done)
     assert message.startswith(f"{place.mnt} is unmounted, but its daemon failed: ")
     assert str(place.volume.root) in message
+    for what in ("flush a.raw", "lookup /b.raw"):
+        assert f'msg="{what}' in place.log(), place.log()
     last = place.log().rstrip().splitlines()[-1]
     assert " level=error " in last and message.partition("its daemon failed: ")[2] in last
 

@@ -18,6 +18,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from novafs.metrics import COUNTER, FAMILIES, HISTOGRAM, markdown, parse_address
+from novafs.metricsamples import PATTERNS
+from novafs.prefetch.patterns import Pattern
 from tests.support.ceph import free_port
 from tests.support.cli import novafs_json
 from tests.support.mounted import mounted
@@ -48,6 +50,13 @@ def test_a_mount_tells_what_it_does_and_what_is_at_risk(tmp_path: Path) -> None:
     with mounted(tmp_path, "--metrics", str(port), "--set", "writeback.interval=1h") as mount:
         before = scrape(port)
         assert before[("novafs_dirty_bytes", ())] == 0 and before[("novafs_mounted", ())] == 1
+        given = {
+            ("cache_hit_rate", "l1"), ("cache_hit_rate", "l3"), ("cache_dedup_ratio",), ("cache_dedup_saved_bytes",),
+            ("cache_ml_accuracy",), ("cache_ml_predictions",), ("cache_prefetch_accuracy",), ("cache_prefetch_count",),
+            *(("cache_latency_ms", percentile, tier) for percentile in ("p50", "p95", "p99") for tier in ("l1", "l3")),
+        }  # fmt: skip
+        assert {(name, *(value for _, value in labels)) for name, labels in before if name.startswith("cache_")} == given
+        assert ("novafs_model_accuracy", (("model", "prefetch"),)) not in before, "what is not known has no figure"
         with (mount.path / "disk.raw").open("wb") as file:
             file.write(os.urandom(300_000))
             file.flush()
@@ -181,6 +190,10 @@ def test_addresses() -> None:
 def test_the_document_lists_every_metric() -> None:
     assert PAGE.read_text() == markdown(), "run: python -m novafs.metrics > docs/metrics.md"
     assert len({family.name for family in FAMILIES}) == len(FAMILIES)
+
+
+def test_every_pattern_is_one_that_the_metrics_name() -> None:
+    assert set(PATTERNS) == {pattern.value for pattern in Pattern}
 
 
 def test_names_follow_the_conventions_but_for_those_that_were_given() -> None:

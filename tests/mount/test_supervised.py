@@ -155,6 +155,30 @@ def test_a_reload_changes_what_can_change_and_refuses_what_is_wrong_as_a_whole(c
         mount.clean_up()
 
 
+def test_a_name_means_the_mount_of_its_own_file(config_file: Path, manager: Manager) -> None:
+    """Two directories of configuration may each have a web.toml."""
+    mount = supervised(config_file, manager)
+    other = config_file.parent.parent / "other"
+    other.mkdir()
+    (other / "web.toml").write_text(config_file.read_text())
+    environ = {"NOVAFS_CONFIG_DIR": str(other), "HOME": str(other), "NOVAFS_STATE_DIR": str(other)}
+    try:
+        manager.wait("READY=1")
+        command = [sys.executable, "-m", "novafs.cli", "reload"]
+        done = subprocess.run([*command, "web"], capture_output=True, text=True, env={**os.environ, **environ})
+        assert done.returncode == 1
+        assert done.stderr == (
+            f"novafs: no web of {other}/web.toml is mounted on this host (the one at {mount.path} was mounted from {config_file}): "
+            "name the directory instead, novafs reload DIR\n"
+        )
+        assert "no setting that can change" in novafs("reload", "web", "--config", config_file, environ=environ)
+        assert "no setting that can change" in novafs("reload", mount.path, environ=environ)
+        mount.signal(signal.SIGTERM)
+        assert mount.wait() == 0
+    finally:
+        mount.clean_up()
+
+
 def test_without_a_directory_it_is_mounted_where_the_file_says(config_file: Path) -> None:
     base = config_file.parent.parent
     environ = {"NOVAFS_CONFIG_DIR": str(config_file.parent), "NOVAFS_STATE_DIR": str(base / "state"), "NOVAFS_L2_URL": "none"}
@@ -196,7 +220,7 @@ def test_a_mistake_in_the_file_ends_the_unit_with_status_2_and_says_where(
     monkeypatch.setenv("NOVAFS_CONFIG_DIR", str(config_file.parent))
     assert main(["mount", "--foreground", "web"]) == 2
     assert re.fullmatch(f"novafs: {message.format(file=config_file)}.*\n", capsys.readouterr().err)
-    assert "RestartPreventExitStatus=2" in (Path(__file__).resolve().parents[2] / "systemd/novafs@.service").read_text()
+    assert "RestartPreventExitStatus=2 3\n" in (Path(__file__).resolve().parents[2] / "systemd/novafs@.service").read_text()
 
 
 def test_options_of_the_file_must_be_options_of_a_mount(

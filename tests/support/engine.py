@@ -15,12 +15,12 @@ from novafs.volume import Volume, init_volume, open_volume
 FLAGS = {"l2.url": "none", "l1.capacity": "64MiB"}
 
 
-async def make_volume(url: str, *, chunk_size: int = 64 << 10) -> str:
+async def make_volume(url: str, *, chunk_size: int = 64 << 10, delta: bool = False) -> str:
     """An empty volume at `url`; the URL."""
     create_root(url)
     client = StoreClient(open_store(url))
     try:
-        await init_volume(client, chunk_size=chunk_size)
+        await init_volume(client, chunk_size=chunk_size, delta=delta)
     finally:
         client.store.close()
     return url

@@ -180,8 +180,8 @@ class Guest:
             *("-kernel", str(self._image.kernel), "-initrd", str(self._image.initrd)),
             # net.ifnames and the rest of a desktop's boot are not in the image; panic=-1 turns a panic into an end of the emulator.
             *("-append", "root=/dev/vda rw console=ttyS0 panic=-1 loglevel=4 systemd.show_status=1"),
-            *("-drive", f"file={_escaped(self._disk)},format=raw,if=virtio,cache={self._cache}"),
-            *("-drive", f"file={_escaped(script_disk)},format=raw,if=virtio,readonly=on"),
+            *("-drive", f"file={escaped(self._disk)},format=raw,if=virtio,cache={self._cache}"),
+            *("-drive", f"file={escaped(script_disk)},format=raw,if=virtio,readonly=on"),
             *("-device", "virtio-rng-pci"),
             *self._extra,
         ]
@@ -261,6 +261,6 @@ def _padded(script: bytes) -> bytes:
     return script + b"\n" * (-len(script) % SECTOR or SECTOR)
 
 
-def _escaped(path: Path) -> str:
+def escaped(path: Path) -> str:
     """A path inside a comma-separated option of QEMU."""
     return str(path).replace(",", ",,")

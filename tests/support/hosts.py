@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -153,8 +154,9 @@ class Sleeper:
 class World:
     """The store, the clock, and the hosts."""
 
-    def __init__(self, directory: Path, *, chunk_size: int = CHUNK, **flags: str) -> None:
+    def __init__(self, directory: Path, *, chunk_size: int = CHUNK, delta: bool = False, **flags: str) -> None:
         self.directory = directory
+        self.delta = delta
         self.root = directory / "store"
         self.url = f"file://{self.root}"
         self.chunk_size = chunk_size
@@ -186,7 +188,7 @@ class World:
         if not self._made:
             self._made = True
             create_root(self.url)
-            await init_volume(StoreClient(AgedStore(self.root, self)), chunk_size=self.chunk_size)
+            await init_volume(StoreClient(AgedStore(self.root, self)), chunk_size=self.chunk_size, delta=self.delta)
         state_dir = self.directory / name
         state_dir.mkdir(exist_ok=True)
         given = {**self.flags, "state_dir": str(state_dir), **{key.replace("__", "."): value for key, value in flags.items()}}
@@ -223,6 +225,15 @@ class World:
 def pattern(seed: int, length: int = CHUNK) -> bytes:
     """Bytes that do not compress to nothing and are the same for the same seed."""
     return b"".join(seed.to_bytes(4, "little") + at.to_bytes(4, "little") for at in range(0, length, 8))[:length]
+
+
+_COMMON = random.Random(11).randbytes(1 << 20)
+
+
+def alike(seed: int, length: int = CHUNK) -> bytes:
+    """Bytes that do not compress at all, and differ in a few from those of another seed."""
+    mark = seed.to_bytes(4, "little") * 8
+    return (_COMMON[: length // 2] + mark + _COMMON[length // 2 :])[:length]
 
 
 async def write_image(volume: Volume, name: str, chunks: dict[int, bytes]) -> bytes:

@@ -16,14 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from novafs.cache.base import Frame
-from novafs.codec import LEVEL_MAX, PLAIN_MAX, Codec, check_level, decode, encode, parse_codec, plain_length
+from novafs.codec import LEVEL_MAX, PLAIN_MAX, WHOLE, Codec, check_level, decode, encode, parse_codec, plain_length
 from novafs.errors import ConfigError, CorruptionError
 
-COMPRESSING = [codec for codec in Codec if codec is not Codec.NONE]
+COMPRESSING = [codec for codec in WHOLE if codec is not Codec.NONE]
 TEXT = b"".join(b"%d bottles of beer on the wall, " % number for number in range(2000))
 
 
-@pytest.mark.parametrize("codec", list(Codec))
+@pytest.mark.parametrize("codec", WHOLE)
 @given(plain=st.one_of(st.binary(max_size=300), st.builds(lambda part, times: part * times, st.binary(max_size=20), st.integers(0, 5000))))
 def test_a_frame_decodes_to_what_was_encoded(codec: Codec, plain: bytes) -> None:
     frame = encode(plain, codec)
@@ -69,7 +69,7 @@ def test_a_codec_without_levels_refuses_one() -> None:
             encode(TEXT, codec, 1)
 
 
-@pytest.mark.parametrize("codec", list(Codec))
+@pytest.mark.parametrize("codec", WHOLE)
 def test_the_same_content_makes_the_same_frame(codec: Codec) -> None:
     assert encode(TEXT, codec) == encode(TEXT, codec)
 
@@ -84,14 +84,14 @@ def test_content_beyond_the_allowed_length_is_refused(codec: Codec) -> None:
         decode(Codec.NONE, TEXT, len(TEXT) - 1)
 
 
-@pytest.mark.parametrize("codec", [-1, 5, 255, 1 << 40])
+@pytest.mark.parametrize("codec", [-1, 6, 255, 1 << 40])
 def test_an_unknown_codec_is_corruption(codec: int) -> None:
     with pytest.raises(CorruptionError, match="known are"):
         decode(codec, b"abc", PLAIN_MAX)
 
 
 def test_codecs_are_named_in_any_case_and_the_nearest_is_proposed() -> None:
-    assert [parse_codec(name) for name in ("none", "GZIP", " lz4", "Snappy", "zstd")] == list(Codec)
+    assert [parse_codec(name) for name in ("none", "GZIP", " lz4", "Snappy", "zstd")] == list(WHOLE)
     with pytest.raises(ConfigError, match=r"'zstf'.*none, gzip, lz4, snappy, zstd; did you mean 'zstd'\?"):
         parse_codec("zstf")
     with pytest.raises(ConfigError, match="expected one of"):
@@ -101,7 +101,7 @@ def test_codecs_are_named_in_any_case_and_the_nearest_is_proposed() -> None:
 # --- damage -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("codec", list(Codec))
+@pytest.mark.parametrize("codec", WHOLE)
 @given(payload=st.binary(max_size=2000))
 def test_any_bytes_decode_or_are_corrupt(codec: Codec, payload: bytes) -> None:
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from functools import cache
 
 import msgspec
@@ -13,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from novafs.errors import NewerFormatError, ObjectCorruptError
+from novafs.eviction.allowance import CREDIT_FIRST_S, CREDIT_MAX_S, Allowance
 from novafs.eviction.base import EvictionPolicy, Quality
-from novafs.eviction.features import FEATURES
-from novafs.eviction.learned import LRU, MODEL, LearnedPolicy
+from novafs.eviction.features import BATCH_MIN, FEATURES
+from novafs.eviction.learned import LRU, MODEL, SHADOW_S, LearnedPolicy
 from novafs.eviction.lru import LruPolicy
-from novafs.eviction.shadow import Shadows
+from novafs.eviction.shadow import SHADOW_CHUNKS, SHADOW_CHUNKS_MIN, Shadows
 from novafs.eviction.state import KIND, MODEL_MAX, VERSION, ForestRecord
 from novafs.eviction.trees import BINS, Training
 from novafs.eviction.twoq import TwoQueuePolicy
@@ -138,7 +140,7 @@ def test_the_better_expert_takes_over_and_a_tie_changes_nothing() -> None:
 def test_a_sample_of_the_keys_hits_as_often_as_all_of_them() -> None:
     random = np.random.default_rng(2)
     accesses = (random.geometric(0.0003, 60_000)).tolist()
-    full, sampled = shadows(4096, 1024), shadows(4096, 4096)
+    full, sampled = shadows(4096, SHADOW_CHUNKS), shadows(4096, 4 * SHADOW_CHUNKS)
     assert full.capacity_bytes == 4096
     assert sampled.capacity_bytes == 1024
     for number in accesses:
@@ -152,8 +154,53 @@ def test_a_sample_of_the_keys_hits_as_often_as_all_of_them() -> None:
         assert sampled.hit_rates()[name] == pytest.approx(rate, abs=0.04)
 
 
+def test_half_of_a_sample_goes_on_hitting_as_often() -> None:
+    random = np.random.default_rng(2)
+    judge = shadows(SHADOW_CHUNKS, SHADOW_CHUNKS)
+    accesses = [key_of(number) for number in random.integers(0, 512, 40_000).tolist()]
+    for key in accesses[:20_000]:
+        judge.access(key, 1)
+    before = judge.hit_rates()
+    assert judge.coarsen()
+    assert judge.coarsen()
+    assert not judge.coarsen()
+    assert judge.capacity_bytes == SHADOW_CHUNKS // 4
+    seen = 0
+    for key in accesses[20_000:]:
+        if judge.sampled(key):
+            seen += 1
+            judge.access(key, 1)
+    assert seen / 20_000 == pytest.approx(1 / 4, rel=0.25)
+    for name, rate in judge.hit_rates().items():
+        assert rate == pytest.approx(before[name], abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("chief", "lru_only", "model_only", "then"),
+    [
+        ("lru", 100, 110, "lru"),  # a lead that chance gives
+        ("lru", 100, 130, "model"),
+        ("lru", 0, 0, "lru"),
+        ("model", 101, 100, "model"),
+        ("model", 120, 100, "lru"),  # it is seen to be worse
+        ("2q", 120, 100, "lru"),
+    ],
+)
+def test_who_is_seen_to_be_worse_than_lru_gives_way_to_it_and_has_to_prove_itself(
+    chief: str, lru_only: int, model_only: int, then: str
+) -> None:
+    makers: dict[str, Callable[[], EvictionPolicy]] = {"lru": LruPolicy, "2q": LruPolicy, "model": LruPolicy}
+    judge = Shadows(makers, 100, 100, "lru", "model")
+    judge.begin(chief)
+    judge._outcomes[0b001] = lru_only
+    judge._outcomes[0b100] = model_only if chief != "2q" else 0
+    judge._outcomes[0b010] = model_only if chief == "2q" else 0
+    assert judge._judge() == (chief != then)
+    assert judge.in_charge == then
+
+
 def test_what_is_counted_before_anything_had_to_leave_says_nothing() -> None:
-    judge = shadows(1000, 1000)
+    judge = shadows(1000, SHADOW_CHUNKS)
     for number in range(900):
         judge.access(key_of(number), 1)
     assert judge.hit_rates() == {}
@@ -198,7 +245,6 @@ def test_it_beats_lru_and_says_how() -> None:
     assert sum(count for _, _, count in quality.calibration) == quality.judged
     assert f"{quality.in_charge} decides" in quality.in_words()
     assert quality.memory_bytes > 0
-    assert quality.cpu_s > 0
     words = quality.in_words()
     for part in (f"{quality.in_charge} decides", f"{quality.judged:,} right", "chances off by 0.", "wtinylfu 0.", "s of processor time"):
         assert part in words
@@ -248,29 +294,102 @@ def test_moving_over_goes_in_slices_and_ends() -> None:
     assert len(policy._main) == len(policy) == 3019 - named
 
 
-def test_beyond_its_share_of_the_processor_it_is_lru(monkeypatch: pytest.MonkeyPatch) -> None:
-    policy = trained()
-    now = 100.0
-    monkeypatch.setattr("novafs.eviction.learned.time.perf_counter", lambda: now)
-    policy.limit_cpu(0.05)
-    assert not policy._over()
-    policy._spent_s = 1.0
-    assert policy._over()
+def test_beyond_its_share_of_the_processor_it_is_lru() -> None:
+    policy, process_s = trained(), 100.0
+    policy._allowance = Allowance(0.05, process_s=lambda: process_s)
+    assert policy._allowance.credit_s == CREDIT_FIRST_S
+    policy._allowance.spend(1.0)
     assert not policy.work()
+    assert policy.chances([key_of(1)]) == [None]
     oldest = next(iter(policy._book.held))
     assert policy.victims(1) == [oldest]
-    policy._spent_s = 100.0
+    # Far beyond it: not even looked at, but for who was read last.
+    policy._catch_up()
     seen = policy._book.now
     key = next(iter(policy._book.held))
     policy.touch_many([key])
     policy._catch_up()
     assert policy._book.now == seen
     assert next(iter(policy._book.held)) != key
-    now = 10_000.0
-    assert not policy._over()
+    assert policy.quality().cpu_s >= 1.0
+    process_s += 1000.0
     policy.touch_many([key])
     policy._catch_up()
     assert policy._book.now == seen + 1
+    assert policy.chances([key]) != [None]
+
+
+def test_what_it_may_spend_grows_with_the_process_and_is_not_hoarded() -> None:
+    process_s = 5.0
+    allowance = Allowance(0.05, process_s=lambda: process_s)
+    allowance.spend(0.25)
+    assert allowance.credit_s == pytest.approx(CREDIT_FIRST_S - 0.25)
+    process_s = 7.0
+    allowance.refresh()
+    assert allowance.credit_s == pytest.approx(CREDIT_FIRST_S - 0.15)
+    process_s = 7000.0
+    allowance.refresh()
+    assert allowance.credit_s == CREDIT_MAX_S
+    assert allowance.spent_s == 0.25
+    free = Allowance()
+    free.spend(1e9)
+    assert free.credit_s > 0
+    assert not free.limited
+
+
+def test_what_the_tiers_below_ask_takes_a_share_of_what_may_be_spent() -> None:
+    policy, process_s = trained(), 0.0
+    policy._allowance = Allowance(0.05, process_s=lambda: process_s)
+    assert policy.chances([key_of(1)]) != [None]
+    policy._told_s = CREDIT_FIRST_S
+    assert policy.chances([key_of(1)]) == [None]
+    policy._allowance.spent_s = 10.0
+    assert policy.chances([key_of(1)]) != [None]
+    policy.limit_cpu(0.0)
+    policy._told_s = 100.0
+    assert policy.chances([key_of(1)]) != [None]
+
+
+def test_shadows_that_are_starved_take_a_smaller_sample() -> None:
+    policy = trained(SHADOW_CHUNKS)
+    policy._allowance = Allowance(0.05, process_s=lambda: 0.0)
+    policy._allowance.spend(CREDIT_FIRST_S - SHADOW_S / 2)
+    keys = [key_of(number) for number in range(BATCH_MIN)]
+    shadow = policy._shadows
+    assert shadow is not None
+    for key in policy._book.held:
+        shadow.access(key, CHUNK)
+    before = shadow.capacity_bytes
+    while shadow.capacity_bytes == before:
+        policy._pending += keys
+        policy._allowance.credit_s = SHADOW_S / 2
+        policy._catch_up()
+    assert shadow.capacity_bytes == before // 2
+    marked = sum(policy._book.marked(slot) for slot in policy._book.held.values())
+    assert SHADOW_CHUNKS_MIN / 2 < marked < SHADOW_CHUNKS * 0.9
+
+
+def test_the_model_decides_only_where_it_was_seen_to_be_better() -> None:
+    random = np.random.default_rng(5)
+    noise = Stream("noise", random.integers(0, 400, 12_000), np.arange(12_000) * 0.001, CHUNK)
+    policy = LearnedPolicy()
+    missed = misses_of(noise, policy, 100)
+    assert policy.quality().trainings > 1
+    assert missed <= 1.01 * misses_of(noise, LruPolicy(), 100)
+
+
+def test_accesses_are_known_of_whoever_left_before_they_were_told() -> None:
+    policy = LearnedPolicy()
+    policy.set_capacity(10 * CHUNK)
+    for number in range(10):
+        policy.insert(key_of(number), CHUNK, place=number)
+    gone = policy.victims(1)
+    assert policy._pending
+    policy._catch_up()
+    slot = policy._book.slot(gone[0])
+    assert slot >= 0
+    assert policy._book.last_of(slot) == 0.0
+    assert policy._book.now == 10
 
 
 def test_another_capacity_gives_other_shadows_and_drops_nothing() -> None:
@@ -281,10 +400,10 @@ def test_another_capacity_gives_other_shadows_and_drops_nothing() -> None:
     assert policy._shadows.capacity_bytes == 100 * CHUNK
     assert set(policy._book.held) == before
     policy.set_capacity(4096 * CHUNK)
-    assert policy._shadows.capacity_bytes == 1024 * CHUNK
+    assert policy._shadows.capacity_bytes == SHADOW_CHUNKS * CHUNK
     assert policy.quality().in_charge == MODEL
     marked = sum(policy._book.marked(slot) for slot in policy._book.held.values())
-    assert 50 < marked < 150
+    assert 8 < marked < 60
     assert len(policy.victims(300 * CHUNK)) == 300
 
 

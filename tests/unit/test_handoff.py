@@ -13,7 +13,7 @@ import trio
 
 from novafs import handoff
 from novafs.catalogtree import ROOT_ID
-from novafs.errors import ConfigError, RetryableError
+from novafs.errors import BusyError, ConfigError, RetryableError
 from novafs.handoff import PREFIX, hand_off, hot_chunks, offer_name, own_names
 from novafs.image import Image
 from novafs.lease import read_lease
@@ -81,6 +81,7 @@ def test_the_next_host_has_what_was_hot_and_may_write_at_once(tmp_path: Path) ->
                 await trio.sleep(0.01)
             assert other.receiver is not None
             assert other.receiver.taken == 1
+            assert (one.tally.handoffs.given, one.tally.handoffs.given_failed) == (1, 0)
             before = other.cache.statistics().l3_traffic.hits
             for index in ORDER[1:]:
                 if index:
@@ -111,6 +112,7 @@ def test_a_host_that_is_away_changes_nothing(tmp_path: Path) -> None:
             for name in ("", "a/b", "..", "x" * 300, *own_names(one)):
                 with pytest.raises(ConfigError):
                     await hand_off(one, entry, name)
+            assert (one.tally.handoffs.given, one.tally.handoffs.given_failed) == (0, 1)
             await one.close_image(image)
 
     trio.run(main)
@@ -150,6 +152,7 @@ def test_an_offer_that_is_no_good_is_deleted(tmp_path: Path, data: bytes) -> Non
             await one.client.put(offer_name("somebody-else", bytes(16)), data)
             while [info.name for info in await one.client.list(PREFIX)] != [f"{PREFIX}somebody-else/{bytes(16).hex()}"]:
                 await trio.sleep(0.02)
+            assert (other.tally.handoffs.taken, other.tally.handoffs.taken_failed) == (0, 1)
 
     trio.run(main)
 
@@ -171,3 +174,46 @@ def test_the_command_needs_a_mount(command: Cli, tmp_path: Path) -> None:
     url, options = f"file://{tmp_path}/v", ("--state-dir", tmp_path / "s", "--l2-url", "none")
     command("init", url, *options)
     assert "not mounted on this host" in command.fails("handoff", url, "disk", "--to", "there", *options, status=2)
+
+
+def test_two_handoffs_at_once_leave_the_image_to_whoever_writes_first(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with two_hosts(tmp_path) as (one, other), opened(one.client.store.url, tmp_path / "c", prefetch=True) as third:
+            image = await disk(one)
+            await read_hot(one, image)
+            await image.write(0, b"mine")
+            entry = await one.catalog.resolve("disk")
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(hand_off, one, entry, target_of(other))
+                nursery.start_soon(hand_off, one, entry, target_of(third))
+            assert image.lease is None
+            there = await disk(third)
+            assert await there.read(0, 4) == b"mine"
+            await there.write(0, b"ours")
+            await third.close_image(there)
+            await one.close_image(image)
+            assert not await one.client.list(PREFIX)
+
+    trio.run(main)
+
+
+def test_an_image_that_is_written_all_the_time_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with two_hosts(tmp_path) as (one, other):
+            image = await disk(one)
+            await image.write(0, b"first")
+            commit = image.commit
+
+            async def commit_and_write(*, brief: bool = False) -> int:
+                generation = await commit(brief=brief)
+                await image.write(1, b"more")
+                return generation
+
+            monkeypatch.setattr(image, "commit", commit_and_write)
+            with pytest.raises(BusyError, match="disk: is written all the time"):
+                await hand_off(one, await one.catalog.resolve("disk"), target_of(other))
+            assert image.lease is not None
+            monkeypatch.undo()
+            await one.close_image(image)
+
+    trio.run(main)

@@ -35,10 +35,40 @@ def test_everything_is_put_in_place_once_and_taken_away_again(tmp_path: Path, ca
     assert {line.split()[0] for line in install(tmp_path, capsys=capsys)} == {"unchanged"}
 
     (tmp_path / "usr/sbin/mount.novafs").chmod(0o644)
-    (tmp_path / "usr/local/lib/systemd/system/novafs@.service").write_text("of an older version")
+    older = install_units._stamped("[Unit]\nDescription=of an older version\n")
+    (tmp_path / "usr/local/lib/systemd/system/novafs@.service").write_text(older)
     assert sorted(line.split()[0] for line in install(tmp_path, capsys=capsys) if "unchanged" not in line) == ["updated", "updated"]
     assert {line.split()[0] for line in install(tmp_path, "--remove", capsys=capsys)} == {"removed"}
     assert files(tmp_path) == set()
+
+
+def test_what_somebody_changed_or_put_there_is_kept_beside_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    install(tmp_path, capsys=capsys)
+    unit = tmp_path / "usr/local/lib/systemd/system/novafs@.service"
+    helper = tmp_path / "usr/sbin/mount.novafs"
+    edited = unit.read_text().replace("WatchdogSec=60", "WatchdogSec=120")
+    unit.write_text(edited)
+    helper.unlink()
+    helper.symlink_to("/opt/elsewhere/mount.novafs")
+    said = install(tmp_path, capsys=capsys)
+    assert [line for line in said if "unchanged" not in line] == [
+        f"replaced  {unit}",
+        f"          it was not as novafs had left it: that is kept as {unit}.novafs-saved",
+        f"replaced  {helper}",
+        f"          it was not as novafs had left it: that is kept as {helper}.novafs-saved",
+        "what you change in a unit belongs into a drop-in, which stays: systemctl edit novafs@.service (or novafs@NAME.service)",
+    ]
+    assert Path(f"{unit}.novafs-saved").read_text() == edited and "WatchdogSec=60" in unit.read_text()
+    assert os.readlink(f"{helper}.novafs-saved") == "/opt/elsewhere/mount.novafs" and helper.is_file() and not helper.is_symlink()
+    assert {line.split()[0] for line in install(tmp_path, capsys=capsys)} == {"unchanged"}
+    unit.write_text("mine\n")
+    assert f"          it was not as novafs had left it: that is kept as {unit}.novafs-saved.2" in install(
+        tmp_path, "--remove", capsys=capsys
+    )
+    assert sorted(map(Path, (f"{unit}.novafs-saved", f"{unit}.novafs-saved.2", f"{helper}.novafs-saved"))) == sorted(
+        path for path in tmp_path.rglob("*") if not path.is_dir()
+    )
+    assert Path(f"{unit}.novafs-saved.2").read_text() == "mine\n"
 
 
 def test_the_units_call_this_novafs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -47,7 +77,7 @@ def test_the_units_call_this_novafs(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "/usr/bin/novafs " not in unit
     assert "\nExecStart=/" in unit and " mount --foreground %i\n" in unit
     helper = (tmp_path / "usr/sbin/mount.novafs").read_text()
-    assert helper.startswith("#!/bin/sh\n") and helper.endswith(' -P -m novafs.cli.mount_helper mount "$@"\n')
+    assert helper.startswith("#!/bin/sh\nexec ") and ' -P -m novafs.cli.mount_helper mount "$@"\n' in helper
 
 
 def test_a_path_that_systemd_would_misread_is_quoted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,4 +160,5 @@ def test_what_it_makes_can_be_read_by_all_whatever_the_umask_of_root(tmp_path: P
 def test_a_file_that_is_no_text_is_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     install(tmp_path, capsys=capsys)
     (tmp_path / "usr/sbin/mount.novafs").write_bytes(b"\x7fELF\xff")
-    assert [line.split()[0] for line in install(tmp_path, capsys=capsys) if "unchanged" not in line] == ["updated"]
+    assert [line.split()[0] for line in install(tmp_path, capsys=capsys) if "unchanged" not in line] == ["replaced", "it"]
+    assert (tmp_path / "usr/sbin/mount.novafs.novafs-saved").read_bytes() == b"\x7fELF\xff"

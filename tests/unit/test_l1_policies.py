@@ -74,8 +74,12 @@ def test_each_policy_keeps_within_the_cap(tmp_path: Path, url: str, policy: str)
 
 def test_the_learned_policy_tells_what_it_does_and_remembers_it(tmp_path: Path, url: str) -> None:
     async def main() -> None:
-        flags = {"l1__capacity": "16MiB", "l1__policy": "learned"}
+        flags = {"l1__capacity": "16MiB"}  # it is the default
         async with opened(url, tmp_path / "a", prefetch=True, **flags) as volume:
+            policy = volume.cache.l1.policy
+            assert isinstance(policy, LearnedPolicy)
+            assert policy._allowance.limited
+            policy.limit_cpu(0.0)  # what it decides must not depend on this machine
             image = await image_of(volume)
             await reads(volume, image, 12_000, 2)
             told = volume.statistics()["eviction"]

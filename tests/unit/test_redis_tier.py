@@ -10,7 +10,7 @@ import struct
 import subprocess
 import threading
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
@@ -632,6 +632,26 @@ def test_four_processes_that_write_at_once_stay_within_one_percent_of_the_capaci
     real = real_use(redis_server, volume_id)
     assert real == told_use(redis_server, volume_id)
     assert 0.97 * CAPACITY_BYTES <= real[0] <= CAPACITY_BYTES
+
+
+def test_four_processes_that_write_to_a_cluster_at_once_stay_within_one_percent_of_the_capacity(
+    redis_cluster: ClusterServers, volume_id: str
+) -> None:
+    def all_use(use: Callable[[RedisServer, str], tuple[int, int]]) -> int:
+        return sum(use(node, volume_id)[0] for node in redis_cluster.nodes)
+
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(4, mp_context=context) as pool:
+        writers = [pool.submit(_write_much, redis_cluster.url, volume_id, 60, (1000, 20_000)) for _ in range(4)]
+        while wait(writers, timeout=0.05).not_done:
+            assert all_use(real_use) <= 1.01 * CAPACITY_BYTES
+        assert [writer.result() for writer in writers] == [0, 0, 0, 0]
+    real = all_use(real_use)
+    assert real == all_use(told_use)
+    assert 0.97 * CAPACITY_BYTES <= real <= CAPACITY_BYTES
+    assert all(real_use(node, volume_id)[0] > 0 for node in redis_cluster.nodes)
+    with opened(redis_cluster.url, volume_id) as tier:
+        tier.clear()
 
 
 def test_the_overhead_that_is_counted_is_what_an_entry_really_costs_the_server(redis_server: RedisServer, tier: RedisTier) -> None:

@@ -59,7 +59,7 @@ def test_a_configuration_that_is_wrong_changes_nothing(tmp_path: Path) -> None:
 
 LIVE = {
     "l1": {"capacity_bytes": 5 << 20},
-    "l3": {"capacity_bytes": 1 << 30},
+    "l3": {"capacity_bytes": 1 << 30, "delta": False},
     "store": {"io_timeout_s": 7.0},
     "lease": {"wait_s": 3.0},
     "writeback": {"dirty_max_bytes": 8 << 20, "interval_s": 2.0},
@@ -69,7 +69,8 @@ LIVE = {
 
 def test_an_open_volume_works_with_what_is_live(tmp_path: Path) -> None:
     async def main() -> None:
-        async with opened(await make_volume(f"file://{tmp_path}/store"), tmp_path / "state", prefetch=True) as volume:
+        async with opened(await make_volume(f"file://{tmp_path}/store", delta=True), tmp_path / "state", prefetch=True) as volume:
+            assert volume.deltas.enabled
             entry = await volume.create(bytes(16), "a.raw")
             image = await volume.open_image(entry.node_id)
             await image.write(0, b"x" * (6 << 20))
@@ -80,6 +81,7 @@ def test_an_open_volume_works_with_what_is_live(tmp_path: Path) -> None:
                 config = replace(config, **{section: replace(getattr(config, section), **values)})
             await reload.apply(volume, config)
             assert volume.cache.l1.capacity_bytes == 5 << 20 >= volume.cache.l1.used_bytes
+            assert not volume.deltas.enabled
             assert (volume.client.io_timeout_s, volume.writeback.flush_timeout_s) == (7.0, 7.0)
             assert (volume.writeback.rules.dirty_max_bytes, volume.writeback.rules.interval_s) == (8 << 20, 2.0)
             assert volume.writeback.leases is not None and volume.writeback.leases.rules.wait_s == 3.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import pwd
 import stat
@@ -219,6 +220,15 @@ def test_a_mount_is_found_by_its_directory_until_it_is_forgotten() -> None:
     statedir.remove_record(record())
     assert statedir.find_record(record().mountpoint) is None
     statedir.remove_record(record())
+
+
+def test_what_an_older_version_noted_is_found(runtime: Path) -> None:
+    statedir.write_record(record())
+    (file,) = (runtime / "novafs" / "mounts").iterdir()
+    noted = json.loads(file.read_text())
+    assert noted.pop("config_file") == ""
+    file.write_text(json.dumps(noted))
+    assert statedir.find_record(record().mountpoint) == record()
 
 
 @pytest.mark.usefixtures("runtime")

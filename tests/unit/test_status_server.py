@@ -13,6 +13,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import pytest
@@ -116,6 +117,29 @@ def test_what_a_host_header_may_be() -> None:
         "127.0.0.1@evil",
     ):
         assert not host_is_ours(host), host
+
+
+def test_the_hosts_name_with_its_domain_is_its_name_and_with_a_foreign_one_is_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def resolved(name: str, port: None, *, flags: int) -> list[tuple[object, ...]]:
+        assert (name, flags) == ("web07", socket.AI_CANONNAME), "nobody is asked about a name that is not this host's"
+        return [(socket.AF_INET, 1, 6, "web07.Hosts.example.", ("10.0.0.7", 0)), (socket.AF_INET, 2, 17, "", ("10.0.0.7", 0))]
+
+    resolv = tmp_path / "resolv.conf"
+    resolv.write_text("# made by hand\nsearch rack.example. dc.example\n\nnameserver 10.0.0.1\nsearch\n")
+    monkeypatch.setattr(statusserver, "RESOLV_CONF", resolv)
+    monkeypatch.setattr(socket, "gethostname", lambda: "web07")
+    monkeypatch.setattr(socket, "getaddrinfo", resolved)
+    for host in ("web07", "web07.hosts.example:9619", "WEB07.rack.example.", "web07.dc.example"):
+        assert host_is_ours(host), host
+    for host in ("web07.attacker.example", "web07.", "web07..example", "web070.dc.example", "dc.example", "other.dc.example"):
+        assert host_is_ours(host) == (host == "web07."), host
+
+    def nobody(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_AGAIN, "no resolver")
+
+    monkeypatch.setattr(socket, "getaddrinfo", nobody)
+    resolv.unlink()
+    assert not host_is_ours("web07.dc.example") and host_is_ours("web07")
 
 
 def test_an_unknown_path_names_the_known_ones_and_an_unknown_image_is_told() -> None:

@@ -73,6 +73,8 @@ def test_what_was_warmed_is_read_without_the_store(place: Path, tmp_path: Path) 
         assert l3_hits(volume) == before
         again = await warm_chunks(volume, image, [(0, CHUNKS)])
         assert (again.held, again.fetched, again.read_bytes) == (USED, 0, 0)
+        warmed = volume.tally.warmed
+        assert (warmed.fetched, warmed.held, warmed.failed, warmed.read_bytes) == (USED, USED, 0, counts.read_bytes)
 
     on_volume(place, drive, tmp_path)
 
@@ -126,6 +128,7 @@ def test_a_chunk_that_can_not_be_read_is_counted_and_the_others_come(place: Path
         counts = await warm_chunks(volume, image, [(0, CHUNKS)])
         assert (counts.fetched, counts.failed) == (USED - lost, lost)
         assert "gone" in counts.error
+        assert (volume.tally.warmed.fetched, volume.tally.warmed.failed) == (USED - lost, lost)
 
     on_volume(tmp_path, drive, tmp_path)
 

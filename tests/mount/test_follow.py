@@ -1,0 +1,275 @@
+"""An image that is open for writing on one mount while another writes it, as during a live migration: `novafs.follow`."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from mmap import mmap
+from pathlib import Path
+
+import pytest
+import trio
+
+from novafs.control import call
+from novafs.statedir import CONTROL_SOCKET
+from tests.support.cli import novafs
+from tests.support.engine import make_volume
+from tests.support.mounted import Mount, mounted, running
+
+pytestmark = pytest.mark.fuse
+
+BLOCK = 4096
+SIZE = 4 << 20
+ANSWERED = r": host .* commits each fsync to the store"
+
+
+def block(number: int) -> bytes:
+    return number.to_bytes(8, "little") * (BLOCK // 8)
+
+
+class Disk:
+    """An image that is open for writing past the kernel's cache, in blocks."""
+
+    def __init__(self, mount: Mount, name: str) -> None:
+        self.fd = os.open(mount.path / name, os.O_RDWR | os.O_DIRECT)
+        self._aligned = mmap(-1, BLOCK)
+
+    def write(self, at: int, number: int) -> None:
+        self._aligned[:] = block(number)
+        assert os.pwrite(self.fd, self._aligned, at * BLOCK) == BLOCK
+
+    def read(self, at: int) -> int:
+        assert os.preadv(self.fd, [self._aligned], at * BLOCK) == BLOCK
+        number = int.from_bytes(self._aligned[:8], "little")
+        assert bytes(self._aligned) == block(number)
+        return number
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+    def close_quietly(self) -> None:
+        """Its daemon is gone."""
+        with contextlib.suppress(OSError):
+            self.close()
+
+
+def wait_until(reached: Callable[[], bool], what: str) -> None:
+    deadline_s = time.monotonic() + 60
+    while not reached():
+        assert time.monotonic() < deadline_s, what
+        time.sleep(0.02)
+
+
+def held(mount: Mount) -> int:
+    """Images whose lease a mount holds."""
+    count: int = call(mount.state_dir / CONTROL_SOCKET, "stats")["leases"]["held"]
+    return count
+
+
+Pair = tuple[Mount, Mount]
+
+
+def make_disk(mount: Mount, name: str) -> None:
+    with (mount.path / name).open("wb") as file:
+        file.truncate(SIZE)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    """Two hosts for all tests that kill none."""
+    directory = tmp_path_factory.mktemp("follow")
+    url = trio.run(lambda: make_volume(f"file://{directory / 'store'}"))
+    with mounted(directory / "one", url=url) as one, mounted(directory / "two", "--set", "lease.wait=1s", url=url) as two:
+        yield one, two
+
+
+@pytest.fixture
+def disk(pair: Pair, request: pytest.FixtureRequest) -> str:
+    """The name of a disk of zeros of this test's own."""
+    name: str = request.node.name
+    make_disk(pair[0], name)
+    return name
+
+
+def test_what_was_fsynced_is_seen_at_once_by_who_has_it_open_for_writing(pair: Pair, disk: str) -> None:
+    """semantics: S22. The promise of the acknowledgement: no read gives anything older than the last fsync before it began."""
+    one, two = pair
+    source = Disk(one, disk)
+    source.write(0, 1)
+    target = Disk(two, disk)
+    two.wait_log(disk + ANSWERED)
+    for number in range(2, 42):
+        source.write(number * 7, number)
+        source.write(1, number)
+        os.fsync(source.fd)
+        assert (target.read(number * 7), target.read(1)) == (number, number)
+    source.close()
+    target.close()
+
+
+def test_a_target_that_has_read_nothing_but_the_first_bytes_goes_on_with_what_the_source_left(pair: Pair, disk: str) -> None:
+    """It opens the disk for writing before the source ends, and writes after that through the same handle."""
+    one, two = pair
+    source = Disk(one, disk)
+    source.write(0, 1)
+    target = Disk(two, disk)
+    assert target.read(0) in (0, 1)
+    source.write(0, 2)
+    source.write(500, 3)
+    source.close()
+    wait_until(lambda: held(one) == 0, "the source gives the lease back")
+    target.write(501, 4)
+    os.fsync(target.fd)
+    assert [target.read(at) for at in (0, 500, 501)] == [2, 3, 4]
+    target.close()
+    again = Disk(one, disk)
+    assert [again.read(at) for at in (0, 500, 501)] == [2, 3, 4]
+    again.close()
+
+
+def test_a_target_that_has_read_what_was_written_since_must_reopen(pair: Pair, disk: str) -> None:
+    """semantics: S6. A machine that was started a second time by mistake knows blocks that are old by now."""
+    one, two = pair
+    source = Disk(one, disk)
+    source.write(500, 1)
+    target = Disk(two, disk)
+    two.wait_log(disk + ANSWERED)
+    assert target.read(500) in (0, 1)
+    source.write(500, 2)
+    os.fsync(source.fd)
+    assert target.read(500) == 2
+    source.close()
+    wait_until(lambda: held(one) == 0, "the source gives the lease back")
+    with pytest.raises(OSError) as caught:
+        target.write(501, 3)
+    assert caught.value.errno == errno.ESTALE
+    target.close()
+
+
+def test_who_opens_it_for_reading_past_the_page_cache_is_offered_what_is_hot(pair: Pair, disk: str) -> None:
+    """So an emulator does that waits for a machine, as `-drive` and libvirt have it; fsyncs do not go to the store for it."""
+    one, two = pair
+    source = Disk(one, disk)
+    for number in range(0, SIZE // BLOCK, 16):
+        source.write(number, number)
+    source.close()
+    source = Disk(one, disk)
+    for number in range(0, SIZE // BLOCK, 16):
+        assert source.read(number) == number
+    source.write(0, 5)
+    taken = call(two.state_dir / CONTROL_SOCKET, "stats")["handoffs"]["taken"]
+    reader = os.open(two.path / disk, os.O_RDONLY | os.O_DIRECT)
+    wait_until(lambda: call(two.state_dir / CONTROL_SOCKET, "stats")["handoffs"]["taken"] > taken, "the offer")
+    one.wait_log(disk + r": \d+ chunks that are hot are offered")
+    assert call(one.state_dir / CONTROL_SOCKET, "stats")["leases"]["wanted"] == 0
+    os.close(reader)
+    source.close()
+
+
+def test_the_lease_is_free_when_nobody_writes_any_more_although_somebody_reads(pair: Pair, disk: str) -> None:
+    """semantics: S6. The emulator that a machine has left keeps its disk open for reading until it is told to end."""
+    one, two = pair
+    source = Disk(one, disk)
+    source.write(7, 1)
+    reader = os.open(one.path / disk, os.O_RDONLY)
+    source.close()
+    wait_until(lambda: held(one) == 0, "the source gives the lease back")
+    target = Disk(two, disk)
+    target.write(8, 2)
+    os.fsync(target.fd)
+    assert target.read(7) == 1
+    assert (held(one), held(two)) == (0, 1)
+    target.close()
+    os.close(reader)
+
+
+def test_a_machine_that_goes_on_where_it_was_writes_on(pair: Pair, disk: str) -> None:
+    """The migration fails: the target gives up, and the source opens its disk for writing again."""
+    one, two = pair
+    source = Disk(one, disk)
+    source.write(7, 1)
+    target = Disk(two, disk)
+    two.wait_log(disk + ANSWERED)
+    target.close()
+    reader = os.open(one.path / disk, os.O_RDONLY)
+    source.close()
+    source = Disk(one, disk)
+    source.write(8, 2)
+    os.fsync(source.fd)
+    assert (source.read(7), source.read(8)) == (1, 2)
+    # Without a target fsyncs go to the journal again.
+    wait_until(lambda: call(one.state_dir / CONTROL_SOCKET, "stats")["leases"]["wanted"] == 0, "the request is gone")
+    source.close()
+    os.close(reader)
+
+
+def test_a_source_that_is_lost_with_its_journal_has_lost_nothing_that_was_fsynced(tmp_path: Path) -> None:
+    """semantics: S22. While a target has the image open for writing, the store has each fsync."""
+    url = trio.run(lambda: make_volume(f"file://{tmp_path / 'store'}"))
+    with mounted(tmp_path / "two", url=url) as two:
+        with running(url, tmp_path / "one" / "mnt", tmp_path / "one" / "state") as one:
+            make_disk(one, "disk")
+            source = Disk(one, "disk")
+            source.write(0, 1)
+            os.fsync(source.fd)
+            target = Disk(two, "disk")
+            two.wait_log("disk" + ANSWERED)
+            for number in range(2, 30):
+                source.write(number, number)
+                os.fsync(source.fd)
+            one.kill()
+            shutil.rmtree(one.state_dir)
+            source.close_quietly()
+        assert [target.read(number) for number in range(2, 30)] == list(range(2, 30))
+        target.close()
+        novafs("lease", "break", url, "disk", "--yes", "--state-dir", tmp_path / "elsewhere", "--l2-url", "none")
+        target = Disk(two, "disk")
+        target.write(0, 99)
+        os.fsync(target.fd)
+        assert [target.read(number) for number in range(30)] == [99, 0, *range(2, 30)]
+        target.close()
+
+
+def test_a_target_that_is_killed_leaves_the_source_as_it_was(tmp_path: Path) -> None:
+    url = trio.run(lambda: make_volume(f"file://{tmp_path / 'store'}"))
+    with mounted(tmp_path / "one", url=url) as one:
+        make_disk(one, "disk")
+        source = Disk(one, "disk")
+        source.write(0, 1)
+        with running(url, tmp_path / "two" / "mnt", tmp_path / "two" / "state") as two:
+            target = Disk(two, "disk")
+            two.wait_log("disk" + ANSWERED)
+            two.kill()
+            target.close_quietly()
+        for number in range(1, 20):
+            source.write(number, number)
+            os.fsync(source.fd)
+        assert [source.read(number) for number in range(1, 20)] == list(range(1, 20))
+        source.close()
+
+
+def test_a_source_that_does_not_answer_does_not_keep_a_target_from_reading(pair: Pair, disk: str) -> None:
+    """It is paused, or its host is dead: the open goes on after `lease.wait`, reads what is committed, and must not write."""
+    one, two = pair
+    source = Disk(one, disk)
+    source.write(0, 1)
+    source.close()
+    source = Disk(one, disk)
+    source.write(1, 1)
+    one.signal(signal.SIGSTOP)
+    try:
+        target = Disk(two, disk)
+        two.wait_log(disk + ": open for writing, and the host that writes it has not answered within 1 s")
+        assert target.read(0) == 1
+        with pytest.raises(OSError) as caught:
+            target.write(0, 2)
+        assert caught.value.errno == errno.EROFS
+        target.close()
+    finally:
+        one.signal(signal.SIGCONT)
+    source.close()
