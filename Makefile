@@ -7,9 +7,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := novafs mount/novafs_mount tests
 
-# Fast ones first: a mistake shows in seconds. `make test TESTS=tests/unit` runs a part (and then demands no coverage of the whole).
-FIRST_TESTS := tests/unit tests/property tests/contract
-SECOND_TESTS := tests/integration tests/crash tests/mount tests/e2e
+# Two halves that run beside each other (tools/test.sh). `make test TESTS=tests/unit` runs a part (and then demands no coverage of the whole).
+FIRST_TESTS := tests/unit tests/property tests/contract tests/e2e
+SECOND_TESTS := tests/integration tests/crash tests/mount
 TESTS ?= $(FIRST_TESTS) $(SECOND_TESTS)
 PYTEST_ARGS ?=
 

@@ -4,7 +4,7 @@
 #   tools/test.sh "tests/unit tests/mount" "tests/unit" "tests/mount tests/e2e" [pytest arguments]
 #
 # The first argument is what to run; the second and the third together are a whole run. Of that the share is demanded, and where there are two
-# processors its two parts run beside each other: each of them waits half of its time. Called by `make test`.
+# processors and no arguments of pytest its two parts run beside each other: each of them waits half of its time. Called by `make test`.
 set -eu
 cd "$(dirname "$0")/.."
 bin=$PWD/.venv/bin
@@ -20,10 +20,10 @@ shift 3
 "$bin/coverage" erase
 status=0
 # A test that hangs says where, and ends the run; so does a run that does not end after its last test.
-pytest="timeout --foreground --kill-after=60 5400 $bin/coverage run -m pytest -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true"
-if [ "$chosen" = "$first $second" ] && [ "$(nproc)" -gt 1 ]; then
+pytest="timeout --foreground --kill-after=60 5400 .venv/bin/coverage run -m pytest -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true"
+if [ "$chosen" = "$first $second" ] && [ $# -eq 0 ] && [ "$(nproc)" -gt 1 ]; then
     # Caches are for the next run of the same tests: two runs at a time would write into each other's.
-    printf '%s\n' "$pytest -p no:cacheprovider $* $first" "$pytest -p no:cacheprovider $* $second" | "$bin/python" tools/beside.py || status=$?
+    printf '%s\n' "$pytest -p no:cacheprovider $first" "$pytest -p no:cacheprovider $second" | "$bin/python" tools/beside.py || status=$?
 else
     # $pytest and $chosen are lists of words on purpose.
     # shellcheck disable=SC2086

@@ -22,6 +22,9 @@ from novafs.eviction.lru import LruPolicy
 
 CHUNK = 4096
 
+WHOLE = [codec for codec in Codec if codec is not Codec.HDE]
+"""A delta needs more than its frame, so no tier but the store ever has one."""
+
 
 def new_id() -> bytes:
     return secrets.token_bytes(32)
@@ -78,7 +81,7 @@ def test_a_chunk_is_peeked_from_its_frame_and_then_from_its_decoded_copy() -> No
     assert tier.statistics().misses == 3
 
 
-@pytest.mark.parametrize("codec", list(Codec))
+@pytest.mark.parametrize("codec", WHOLE)
 def test_frames_of_every_codec_are_peeked(codec: Codec) -> None:
     tier = MemoryTier(capacity_bytes=1 << 20, codec=Codec.LZ4)
     chunk_id = new_id()
@@ -315,7 +318,7 @@ class Machine(RuleBasedStateMachine):
         )
         self.tier.compact(self.ids[number], frame)
 
-    @rule(number=number, codec=st.sampled_from(list(Codec)))
+    @rule(number=number, codec=st.sampled_from(WHOLE))
     def put(self, number: int, codec: Codec) -> None:
         self.tier.put_many({self.ids[number]: encode(self.plains[number], codec)})
 
