@@ -271,11 +271,13 @@ class Deltas:
             self._delta_bytes += trial.stored_bytes
 
     def note_read(self, reference: Reference, chain: Chain, base_reads: int, base_bytes: int) -> None:
-        """A delta frame was read from L3, and so many frames for it."""
-        self.note(reference, chain)
-        _, image = self._chains[(reference.pack_id, reference.offset)]
-        if image:
-            self.judge(image).note_bases(base_bytes)
+        """A delta frame was read from L3, and so many frames for it. chain: none where it was not proven: no checksum covers it, and what
+        was made over a wrong one could never be read."""
+        if chain:
+            self.note(reference, chain)
+        known = self._chains.get((reference.pack_id, reference.offset))
+        if known is not None and known[1]:
+            self.judge(known[1]).note_bases(base_bytes)
         self._reads += 1
         self._base_reads += base_reads
         self._base_bytes += base_bytes

@@ -32,6 +32,9 @@ CLOSE_PATIENCE_S: Final = 1.0
 
 _CALLS: Final = {"x86_64": (206, 207, 209, 208), "aarch64": (0, 1, 2, 4)}
 """Numbers of io_setup, io_destroy, io_submit, io_getevents; the structures below are those of little-endian machines."""
+_FILE_SYSTEMS: Final = frozenset((0xEF53, 0x58465342))
+"""statfs(2) types of those that sync before they tell of the end of such a write: ext4 and its elders, XFS. Others are not trusted with
+it: FUSE and SMB leave O_DSYNC to a server, Btrfs has lost such a sync before, overlays are as good as what is below."""
 _PWRITE: Final = 1
 _FLAG_RESFD: Final = 1
 
@@ -74,7 +77,8 @@ class DirectWriter:
         if numbers is None:
             raise OSError(errno.ENOSYS, f"no native AIO known for {platform.machine()}")
         self._setup, self._destroy, self._submit, self._getevents = numbers
-        self._syscall: Any = ctypes.CDLL(None, use_errno=True).syscall
+        self._libc: Any = ctypes.CDLL(None, use_errno=True)
+        self._syscall: Any = self._libc.syscall
         self._syscall.restype = ctypes.c_long
         context = ctypes.c_ulong(0)
         self._call(self._setup, ctypes.c_uint(1), ctypes.byref(context))
@@ -98,9 +102,21 @@ class DirectWriter:
         """From the beginning of the last write until it was seen to have ended; less where nobody was waiting for it."""
 
     def open(self, path: Path) -> int:
-        """A descriptor for `begin`; the caller closes it. Raises OSError (EINVAL) where the file system has no direct writes."""
-        return os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_DSYNC | os.O_CLOEXEC | os.O_NOFOLLOW)
+        """A descriptor for `begin`; the caller closes it. Raises OSError where the file system has no direct writes (EINVAL), or is not
+        known to sync them (EOPNOTSUPP)."""
+        fd = os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_DSYNC | os.O_CLOEXEC | os.O_NOFOLLOW)
+        if (kind := self._file_system(fd)) in _FILE_SYSTEMS:
+            return fd
+        os.close(fd)
+        raise OSError(errno.EOPNOTSUPP, f"a file system of type {kind:#x} is not known to sync direct writes")
 
+    def _file_system(self, fd: int) -> int:
+        """Its type, as of fstatfs(2): the first word of the structure, of which 32 bits count. 0 where it does not tell."""
+        found = (ctypes.c_long * 64)()
+        return int(found[0]) & 0xFFFFFFFF if self._libc.fstatfs(fd, found) == 0 else 0
+
+    # A KeyboardInterrupt between the call and the note of it would leave a write behind that nobody waits for.
+    @trio.lowlevel.enable_ki_protection
     def begin(self, fd: int, position: int, parts: Sequence[bytes]) -> None:
         """Hand the parts, one after the other and padded with zeros to whole blocks, to the kernel, for `position` (a multiple of a block).
 
@@ -146,11 +162,13 @@ class DirectWriter:
         if written != self._iocb.length:
             raise OSError(errno.EIO, f"{written} of {self._iocb.length} bytes were written")
 
-    def close(self) -> None:
-        """Give everything back. A write that does not end keeps what it needs: then nothing is given back."""
-        if not self.busy or self.ended_within(CLOSE_PATIENCE_S):
-            self._call(self._destroy, self._context)
-            os.close(self._eventfd)
+    def close(self) -> bool:
+        """Give everything back; whether the last write has ended. One that has not keeps what it needs: then nothing is given back."""
+        if self.busy and not self.ended_within(CLOSE_PATIENCE_S):
+            return False
+        self._call(self._destroy, self._context)
+        os.close(self._eventfd)
+        return True
 
     def _call(self, number: int, *arguments: Any) -> int:
         result: int = self._syscall(ctypes.c_long(number), *arguments)

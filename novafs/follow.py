@@ -112,6 +112,7 @@ class Follower:
 
     async def run(self) -> None:
         """Ask, and look after the lease, until it is free, or `stop`."""
+        self._leases.join(self._image.node_id)
         try:
             if self._after is not None:
                 await self._after.ended.wait()

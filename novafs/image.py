@@ -179,6 +179,8 @@ class Image(ImageReader):
         self._writeback = writeback
         self._unanswered: UsedPacks | None = None
         """Of commits of which it is not known whether they count."""
+        self._passed_over = False
+        """Whether the map here is not the newest generation's (`_pass_over`): chunks that it names may be gone by now."""
         self._fold: Fold | None = None
         self._folding = False
         """Whether the task of a fold runs, perhaps of one that was dropped: there is one at a time, so what hangs does not pile up."""
@@ -646,6 +648,7 @@ class Image(ImageReader):
         if fold is not None and (state is not fold.base or not fold.add(frozen, self.chunk_size)):
             self._drop_fold()
         self._adopt(head, state)
+        self._passed_over = False
         taken = sum(len(layer.chunks) for layer in frozen) * self.chunk_size
         taken += _payload(r for r in self._pending if r.sequence <= sequence)
         self._pending = [r for r in self._pending if r.sequence > sequence]
@@ -663,6 +666,7 @@ class Image(ImageReader):
         """`_store`, again where the number was taken by an earlier try of our own whose answer was lost, and where a collection
         has overtaken it. Then without deltas: so much time may have passed that what they would be made against is gone."""
         for tried in itertools.count():
+            brief = brief and not self._passed_over
             try:
                 if brief and (fold := self._going_fold()) is not None and fold.stored is not None:
                     if (patched := self._patched(fold.since, fold.stored.state, frozen, generation)) is not None:
@@ -670,7 +674,7 @@ class Image(ImageReader):
                 elif brief and (patched := self._patched(self._patch, self._state, frozen, generation)) is not None:
                     return await self._store_patch(patched), self._state
                 layers = [self._patch, *frozen] if self._patch is not None else frozen
-                return await self._store(layers, generation, deltas=not tried)
+                return await self._store(layers, generation, deltas=not (tried or self._passed_over))
             except ConflictError as error:
                 self._drop_fold()
                 head = await self._chain.head()
@@ -702,7 +706,8 @@ class Image(ImageReader):
 
     def _pass_over(self, lost: Generation) -> None:
         """The newest generation is our own, and a collection has taken its packs: count on from it, with the content from before
-        it, which is retained; the frozen layers have all the rest."""
+        it, which is retained for a grace; the frozen layers have all the rest."""
+        self._passed_over = True
         record = msgspec.structs.replace(self._head.record, counter=lost.counter, nonce=lost.nonce, predecessor=lost.predecessor)
         self._adopt(Head(record, self._head.read_s), self._state)
 
@@ -793,7 +798,7 @@ class Image(ImageReader):
                         stored_bytes, allocated = stored_bytes - Reference.unpack(old).length, allocated - 1
                     if new != HOLE_BYTES:
                         stored_bytes, allocated = stored_bytes + Reference.unpack(new).length, allocated + 1
-                    if new[:32] != old[:32] or index >= clear_from or writer.forbids(old):
+                    if new[:32] != old[:32] or index >= clear_from or writer.forbids(old) or self._passed_over:
                         changes[ChunkIndex(index)] = new
                     elif new != HOLE_BYTES:  # the same content: keep the reference there was
                         stored_bytes += Reference.unpack(old).length - Reference.unpack(new).length

@@ -105,6 +105,8 @@ class Journal:
         self._current: _Open | None = None
         self._ahead: _Ahead | None = None
         """Only ever in the current segment, and nothing else is written there while it is set."""
+        self._begun_in: _Open | None = None
+        """Where the writer's last write went."""
         self._spares = sorted(directory.glob(f"*{files.SPARE_SUFFIX}"))
         # path -> image id -> highest sequence in it; Invariant: a segment leaves only when this is empty.
         self._needed: dict[Path, dict[bytes, int]] = {}
@@ -219,6 +221,7 @@ class Journal:
         writer = self._writer
         if writer is None or writer.busy or current.direct is None or not self._use_writer or end - start > writer.bytes_max:
             return None
+        self._begun_in = current
         try:
             writer.begin(current.direct, start, parts)
         except OSError:
@@ -242,7 +245,12 @@ class Journal:
     async def _finish_ahead(self, queue: list[Record]) -> list[Record]:
         """Wait for what was begun ahead, if anything was; what is left of the queue. Raises OSError with nothing of it counted."""
         ahead, current, writer = self._ahead, self._current, self._writer
-        if ahead is None or current is None or writer is None:
+        if current is None or writer is None:
+            return queue
+        if ahead is None:
+            if writer.busy and self._begun_in is current:
+                # A KeyboardInterrupt came before anybody waited for it: it might come down on what is written there next.
+                await self._end(writer, alone=True)
             return queue
         began_s = perf_counter()
         await self._end(writer, alone=True)
@@ -430,7 +438,8 @@ class Journal:
         """Close the open segment, and give back what nobody needs; nothing is lost by it, nor by not calling it."""
         self._ahead = None  # nobody has asked for it; the kernel ends it by itself
         if self._writer is not None:
-            self._writer.close()
+            if not self._writer.close() and self._current is not None:
+                self._failed.add(self._current.path)  # nothing else may ever lie where that write comes down
             self._writer = None
         self._close_current()
         self._recycle()

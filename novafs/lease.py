@@ -149,6 +149,8 @@ class Lease:
         """The release that was sent; one whose answer was lost is sent again as it was."""
         self.asked = False
         """Set before a want is acknowledged: from then on fsyncs reach the store, so that none is missed in between."""
+        self.asks = 0
+        """Counts the listings that had a want of it: a heartbeat that goes by an older listing must not take its acknowledgement back."""
 
     @property
     def record(self) -> LeaseRecord:
@@ -176,18 +178,19 @@ class Lease:
                 f"taken the lease over; nothing is acknowledged until the store answers"
             )
 
-    async def heartbeat(self, *, acknowledge: list[bytes] | None = None) -> None:
-        """Look for a higher epoch, then write a new heartbeat. Raises LeaseLostError, and what the store raises."""
+    async def heartbeat(self, *, acknowledge: list[bytes] | None = None, asks: int | None = None) -> None:
+        """Look for a higher epoch, then write a new heartbeat. Raises LeaseLostError, and what the store raises.
+
+        asks: what `asks` was before the listing that `acknowledge` is of; where it is another by now, what is acknowledged stays.
+        """
         async with self._lock:
             if self.released:
                 return
             self._raise_lost(await self._beats_chain.head_counter())
             sent_s = self._clock_s()
-            record = msgspec.structs.replace(
-                self._head.record,
-                heartbeat=new_nonce(),
-                acknowledged=self._head.record.acknowledged if acknowledge is None else acknowledge,
-            )
+            if acknowledge is None or (asks is not None and asks != self.asks):
+                acknowledge = self._head.record.acknowledged
+            record = msgspec.structs.replace(self._head.record, heartbeat=new_nonce(), acknowledged=acknowledge)
             await self._beats.put(revision_name(self._chain.prefix, record.counter), seal(KIND, VERSION, record))
             # What was written just before may have been written past a takeover that the listing did not see yet.
             self._raise_lost(await self._beats_chain.head_counter())
@@ -259,6 +262,8 @@ class LeaseManager:
         self._unsure: dict[bytes, Lease] = {}
         self._wants_seen: dict[str, tuple[float, float]] = {}
         """Requests of others: when the store says they were renewed last, and when that was first seen here."""
+        self._askers: dict[bytes, int] = {}
+        """How many here ask for the lease of an image by the one request that this host has: `acquire`, and a follower."""
         self.curious: dict[bytes, list[bytes]] = {}
         """Of the last `wants`: journals that ask for what is hot in an image alone."""
 
@@ -286,6 +291,8 @@ class LeaseManager:
                 if seen is None or seen[:2] != (record.counter, record.heartbeat):
                     alive = seen is not None
                     seen = (record.counter, record.heartbeat, answered_s)
+                if wanted_s is None:
+                    self.join(image_id)
                 if wanted_s is None or answered_s - wanted_s > WANT_RENEW_S:
                     wanted_s = answered_s  # before the answer: one that is lost may have been written
                     await self.ask(image_id)
@@ -298,6 +305,10 @@ class LeaseManager:
             if wanted_s is not None:
                 await self.withdraw(image_id)
 
+    def join(self, image_id: bytes) -> None:
+        """From now on the request is made by one more here, until `withdraw`: it is there until the last one takes it back."""
+        self._askers[image_id] = self._askers.get(image_id, 0) + 1
+
     async def ask(self, image_id: bytes) -> None:
         """Ask the holder of a lease for it; to be renewed every `WANT_RENEW_S`. Raises what the store raises."""
         await self._client.put(want_name(image_id, self.journal_id), self.request(image_id))
@@ -307,10 +318,16 @@ class LeaseManager:
         return seal(b"WANT", VERSION, WantRecord(image_id=image_id, journal_id=self.journal_id, host=HOST, nonce=new_nonce()))
 
     async def withdraw(self, image_id: bytes) -> None:
-        """Take the request back, within a few seconds or not at all. Raises nothing."""
+        """Take the request back, within a few seconds or not at all, unless others here go on asking (`join`). Raises nothing."""
+        left = self._askers.pop(image_id, 1) - 1
+        if left:
+            self._askers[image_id] = left
+            return
         with trio.move_on_after(WITHDRAW_S, shield=True):
             try:
                 await self._client.delete(want_name(image_id, self.journal_id))
+                if image_id in self._askers:
+                    await self.ask(image_id)  # of who has come meanwhile, and may have asked before that was gone
             except NovaError as error:
                 log.warning("the request for the lease of image %s stays behind: %s", image_id.hex(), error)
 

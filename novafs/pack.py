@@ -162,6 +162,15 @@ def parse_footer(pack_id: PackId, end: bytes) -> list[PackRow] | int:
     return footer if isinstance(footer, int) else _rows(pack_id, footer.rows)
 
 
+def parse_chains(pack_id: PackId, data: bytes) -> dict[int, list[Reference]]:
+    """The chains of a whole pack's delta frames, as its footer repeats them, by payload offset. Raises ObjectCorruptError."""
+    footer = _footer(pack_id, data)
+    chains: dict[int, list[Reference]] = {}
+    for offset, base in _BASE.iter_unpack(footer.bases if isinstance(footer, Footer) else b""):
+        chains.setdefault(offset, []).append(Reference.unpack(base))
+    return chains
+
+
 def _rows(pack_id: PackId, footer: bytes) -> list[PackRow]:
     return [
         PackRow(Reference(ChunkId(chunk), pack_id, offset, length, codec), plain)

@@ -7,6 +7,7 @@ good (`novafs.condemned`): no host makes a reference to it any more, so what is 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import trio
 
-from novafs import pack
+from novafs import delta, pack
 from novafs.asynctools import open_nursery
 from novafs.cache.packs import PackSource
 from novafs.chunk import ChunkId, PackId, Reference
@@ -101,14 +102,27 @@ def _payload(data: bytes, reference: Reference) -> bytes:
 async def _damaged_deltas(volume: Volume, found: PackCount, data: bytes, deltas: Sequence[Reference]) -> list[Reference]:
     needed = found.live_offsets()
     damaged = []
+    chains: dict[int, list[Reference]] = {}
+    with contextlib.suppress(CorruptionError):  # a footer that is damaged is found by the check itself
+        chains = pack.parse_chains(found.pack_id, data)
     for reference in deltas:
         if needed is not None and reference.offset not in needed:
             continue  # what it was made against may be gone
         payload = _payload(data, reference)
+        if reference.offset in chains and not _names(payload, chains[reference.offset]):
+            damaged.append(reference)  # whoever has the base in memory would not notice
+            continue
         bases = await read_bases(volume, [reference], [payload])
         if reference in bases and await trio.to_thread.run_sync(verified, reference, payload, bases[reference]) is None:
             damaged.append(reference)
     return damaged
+
+
+def _names(payload: bytes, chain: Sequence[Reference]) -> bool:
+    try:
+        return list(delta.read_chain(payload)) == chain
+    except CorruptionError:
+        return False
 
 
 async def find_copies(

@@ -799,7 +799,6 @@ class Volume:
 
     async def open_to_write(self, node_id: bytes) -> tuple[Image, bool]:
         """`open_image`, and whether another host holds the lease, so that the image is to be followed (`follow`)."""
-        self._let_go.discard(node_id)
         known, leases = self._images.get(node_id), self.writeback.leases
         if leases is None or self.read_only or (known is not None and known.lease is not None):
             return await self.open_image(node_id), False
@@ -866,11 +865,17 @@ class Volume:
         if image.lease is None and not image.leaving:
             return
         self._let_go.add(image.node_id)
+        if image.handles == 1:
+            return  # its close does the rest, and where a reader comes meanwhile, or it fails, the background
         try:
             await image.commit()
             await self._release_let_go(image)
         except NovaError as error:
             log.warning("%s: its lease is given back later: %s", image.name, error)
+
+    def keep_lease(self, image: Image) -> None:
+        """A handle was opened that may write: what `let_go` has not given back yet is kept."""
+        self._let_go.discard(image.node_id)
 
     async def _release_let_go(self, image: Image) -> None:
         if image.node_id in self._let_go and not image.dirty:

@@ -84,6 +84,16 @@ class LeaseStatistics:
     heartbeat_age_s: float
 
 
+class _Known:
+    """What was known of who asks for a lease before a listing began."""
+
+    __slots__ = ("acknowledged", "asks")
+
+    def __init__(self, lease: Lease) -> None:
+        self.asks = lease.asks
+        self.acknowledged = bool(lease.record.acknowledged)
+
+
 class WritebackController:
     """One per volume that may write. `images` gives the open images; `pack_writer` and `nursery` are the volume's."""
 
@@ -378,7 +388,7 @@ class WritebackController:
 
     async def beat(self, leases: LeaseManager) -> None:
         """One heartbeat of every lease; who asked for one is answered by it, once what was fsynced is in the store."""
-        held = [(image, image.lease) for image in list(self._images()) if image.lease is not None]
+        held = [(image, lease, _Known(lease)) for image in list(self._images()) if (lease := image.lease) is not None]
         if not held:
             return
         wanted: dict[bytes, list[bytes]] | None = None
@@ -387,20 +397,25 @@ class WritebackController:
         except NovaError as error:
             log.warning("which hosts ask for leases can not be told: %s", error)
         async with trio.open_nursery() as nursery:
-            for image, lease in held:
+            for image, lease, known in held:
                 # None: not known, so what was acknowledged stays so.
-                nursery.start_soon(self._beat_one, image, lease, wanted.get(image.node_id, []) if wanted is not None else None)
+                nursery.start_soon(self._beat_one, image, lease, wanted.get(image.node_id, []) if wanted is not None else None, known)
 
-    async def _beat_one(self, image: Image, lease: Lease, wanted: list[bytes] | None) -> None:
+    async def _beat_one(self, image: Image, lease: Lease, wanted: list[bytes] | None, known: _Known) -> None:
+        asks = known.asks
         if wanted:
             self._start_answer(image, lease, wanted)
+            asks = lease.asks
         if image.node_id in self._answering:
             wanted = None
-        if await self._send_beat(image, lease, wanted) and wanted is not None:
-            lease.asked = bool(wanted)
+        if await self._send_beat(image, lease, wanted, asks) and wanted is not None and lease.asks == asks:
+            # Who has asked since the listing may have found the acknowledgement that was only now taken back: whether somebody has,
+            # the next listing tells, and until then fsyncs go on reaching the store.
+            lease.asked = bool(wanted) or known.acknowledged
 
     def _start_answer(self, image: Image, lease: Lease, wanted: list[bytes]) -> None:
         """Not in the caller: a commit may take long, and other heartbeats must not wait for it."""
+        lease.asks += 1
         if set(wanted) <= set(lease.record.acknowledged) or image.node_id in self._answering or self._nursery is None:
             return
         self._answering.add(image.node_id)
@@ -408,6 +423,7 @@ class WritebackController:
 
     async def _answer(self, image: Image, lease: Lease, wanted: list[bytes]) -> None:
         """Acknowledge that others ask for the lease. From then on every fsync reaches the store; what came before must be there, too."""
+        asked = lease.asked
         try:
             lease.asked = True
             await image.commit()
@@ -417,13 +433,14 @@ class WritebackController:
         except Exception as error:
             known = error if isinstance(error, NovaError) else mistake(image, error)
             log.warning("%s: who asks for its lease is answered later: %s", image.name, known)
-            lease.asked = bool(lease.record.acknowledged)
+            # Where it was set already an acknowledgement may be in the store, its answer lost.
+            lease.asked = asked or bool(lease.record.acknowledged)
         finally:
             self._answering.discard(image.node_id)
 
-    async def _send_beat(self, image: Image, lease: Lease, acknowledge: list[bytes] | None) -> bool:
+    async def _send_beat(self, image: Image, lease: Lease, acknowledge: list[bytes] | None, asks: int | None = None) -> bool:
         try:
-            await lease.heartbeat(acknowledge=acknowledge)
+            await lease.heartbeat(acknowledge=acknowledge, asks=asks)
         except LeaseLostError as error:
             if image.lease is lease:
                 await image.lose_lease(error)

@@ -85,6 +85,8 @@ class Core(pyfuse3.Operations):
         self._presentation = Presentation(options, self._chunk_size)
         self._nodes = NodeTable(volume.catalog.root)
         self._handles: dict[int, Handle] = {}
+        self._opening: list[Image] = []
+        """Of handles that may write and wait for the host that writes the image now."""
         self._listings: dict[int, Listing] = {}
         self._last_handle = 0
 
@@ -171,6 +173,8 @@ class Core(pyfuse3.Operations):
         image = await self._catalog.open_image(node.entry.node_id)
         try:
             yield image
+            if not self._is_written(image):
+                await self._volume.let_go(image)  # readers may keep it open for long
         except BaseException:
             with trio.move_on_after(CLOSE_TIMEOUT_S, shield=True):
                 try:
@@ -185,6 +189,10 @@ class Core(pyfuse3.Operations):
         # While handles were open all changes went through this kernel: what it has is what the image is now.
         node.size_told = image.size
         node.generation_told = node.cached_generation = image.generation
+
+    def _is_written(self, image: Image) -> bool:
+        """Whether somebody here has it open for writing, or is just opening it."""
+        return image in self._opening or any(handle.writable and handle.image is image for handle in self._handles.values())
 
     def _new_handle(self) -> int:
         self._last_handle += 1

@@ -130,7 +130,9 @@ class NovaOperations(DirectoryHandlers, XattrHandlers):
 
     def _add_handle(self, node: Node, image: Image, flags: int) -> int:
         fh = self._new_handle()
-        self._handles[fh] = Handle(node, image, flags & os.O_ACCMODE != os.O_RDONLY)
+        self._handles[fh] = handle = Handle(node, image, flags & os.O_ACCMODE != os.O_RDONLY)
+        if handle.writable:
+            self._volume.keep_lease(image)
         node.handles += 1
         node.image = image
         return fh
@@ -167,15 +169,19 @@ class NovaOperations(DirectoryHandlers, XattrHandlers):
             raise StaleError(f"{self._path(node)}: the kernel takes it to have {size_told} bytes, it has {image.size}")
         node.retried.discard(ctx.pid)
         if held:
+            self._opening.append(image)
             try:
                 await self._volume.follow(image, partial(self._changed_elsewhere, node))
             except BaseException:
                 with trio.move_on_after(CLOSE_TIMEOUT_S, shield=True):
                     await self._volume.close_image(image)
                 raise
+            finally:
+                self._opening.remove(image)
             continuous = node.image is image and node.handles > 0
             same = same and continuous and image.generation == generation_before
-        keep = same or (not continuous and image.generation == node.cached_generation)
+        # Of what another host writes none: a read that the kernel answers by itself would be noted by nobody (`Follower.note_read`).
+        keep = not held and (same or (not continuous and image.generation == node.cached_generation))
         known = same or image.generation == node.generation_told
         node.cached_generation = image.generation
         fh = self._add_handle(node, image, flags)
@@ -268,16 +274,14 @@ class NovaOperations(DirectoryHandlers, XattrHandlers):
         """The last descriptor of this handle is closed. Nobody sees the answer, so a failure is only logged."""
         handle = self._handles[fh]
         try:
-            if handle.writable and handle.image.handles > 1 and not self._others_write(handle):
+            writer, handle.writable = handle.writable, False  # of two that close at the same time one is the last
+            if writer and not self._is_written(handle.image):
                 await self._volume.let_go(handle.image)
             await self._close(handle.node, handle.image)
         finally:
             del self._handles[fh]
             handle.node.handles -= 1
             self._nodes.let_go(handle.node)
-
-    def _others_write(self, handle: Handle) -> bool:
-        return any(h.writable and h.image is handle.image for h in self._handles.values() if h is not handle)
 
     def _changed_elsewhere(self, node: Node) -> None:
         """The host that writes an image which is open for writing here, too, has committed: the kernel's pages are older than that."""

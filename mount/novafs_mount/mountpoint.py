@@ -14,6 +14,7 @@ import os
 import shutil
 import stat
 import subprocess
+import time
 from enum import Enum
 from pathlib import Path
 from typing import Final
@@ -26,6 +27,9 @@ log = logging.getLogger(__name__)
 FUSE_DEVICE: Final = Path("/dev/fuse")
 FUSE_CONF: Final = Path("/etc/fuse.conf")
 COMMAND_TIMEOUT_S: Final = 30.0
+CACHES_S: Final = 3.0
+"""Longer than the kernel keeps attributes (`attributes.TIMEOUT_S`)."""
+CACHES_POLL_S: Final = 0.05
 
 Device = tuple[int, int]
 """Major and minor number, by which one mount is told from another at the same place."""
@@ -60,9 +64,11 @@ def prepare(mountpoint: Path, *, allow_other: bool, dead: Device | None = None) 
 
 def clear(path: Path, *, dead: Device | None) -> None:
     """Take a dead mount away, right before the next is made. Raises MountError where that can not be."""
-    replaced = False
+    # Where it is gone by now the directory below has been open to all: nobody has looked what is in it.
+    replaced = dead is not None
     while dead is not None or is_dead(path):
-        if dead is None or device_of(path) == dead:
+        # The kernel gives the number of a mount that is gone to the next one: another daemon may have taken its place.
+        if dead is None or (device_of(path) == dead and _dies(path)):
             log.warning("%s is the mount of a daemon that has died: detaching it before mounting again", path)
             if unmount(path, lazy=True) is not Unmounted.DONE:
                 break
@@ -107,6 +113,14 @@ def is_dead(path: Path) -> bool:
     except OSError as error:
         return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
     return False
+
+
+def _dies(path: Path) -> bool:
+    """`is_dead`, once the kernel has nothing in its caches any more by which it could answer for a daemon that is gone."""
+    deadline_s = time.monotonic() + CACHES_S
+    while not (dead := is_dead(path)) and time.monotonic() < deadline_s:
+        time.sleep(CACHES_POLL_S)
+    return dead
 
 
 def unmount(path: Path, *, lazy: bool = False) -> Unmounted:

@@ -157,7 +157,8 @@ class ChunkCache:
         self.on_l3_read: Callable[[float, bool], None] | None = None
         """Told how many seconds reading frames of one pack took, verification excluded, and whether somebody waited for them."""
         self.on_delta_read: Callable[[Reference, delta.Chain, int, int], None] | None = None
-        """Told of each delta frame that was read from L3: its place, its chain, how many frames were read for it, and their bytes."""
+        """Told of each delta frame that was read from L3: its place, its chain, how many frames were read for it, and their bytes.
+        The chain only where all its frames were read where it says that they are: content from memory proves no place."""
         self._nursery: trio.Nursery | None = None
         self._flights: dict[bytes, _Flight] = {}
         """Invariant: a flight is here exactly while its fetch runs in the nursery; none of a base is (`_base`)."""
@@ -605,7 +606,8 @@ class ChunkCache:
             if reserved:
                 self.l1.release("fetch", in_flight_bytes)
         if self.on_delta_read is not None:
-            self.on_delta_read(flight.place, chain, len(missing), sum(base.reference.length for base in missing))
+            proven = len(missing) == len(chain) and all(base.plain is not None for base in missing)
+            self.on_delta_read(flight.place, chain if proven else (), len(missing), sum(base.reference.length for base in missing))
         if missing:
             plain = await self._landed(missing[0])
         if plain is None:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from mmap import mmap
 from pathlib import Path
 
@@ -273,3 +274,49 @@ def test_a_source_that_does_not_answer_does_not_keep_a_target_from_reading(pair:
     finally:
         one.signal(signal.SIGCONT)
     source.close()
+
+
+def test_two_writers_that_close_at_the_same_time_leave_no_lease_to_a_reader(pair: Pair, disk: str) -> None:
+    """semantics: S6. Whichever of them is the last, and although the first is still committing."""
+    one, _ = pair
+    reader = os.open(one.path / disk, os.O_RDONLY)
+    for number in range(20):
+        first, second = Disk(one, disk), Disk(one, disk)
+        first.write(7, number)
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(Disk.close, (first, second)))
+        wait_until(lambda: held(one) == 0, "the lease is given back")
+    os.close(reader)
+
+
+def test_a_truncation_by_name_leaves_no_lease_to_a_reader(pair: Pair, disk: str) -> None:
+    """semantics: S6. truncate(2) has no handle whose close could give it back."""
+    one, two = pair
+    reader = os.open(one.path / disk, os.O_RDONLY)
+    os.truncate(one.path / disk, SIZE + BLOCK)
+    wait_until(lambda: held(one) == 0, "the lease is given back")
+    target = Disk(two, disk)
+    target.write(SIZE // BLOCK, 2)
+    assert target.read(SIZE // BLOCK) == 2
+    target.close()
+    os.close(reader)
+
+
+def test_a_target_does_not_read_by_itself_what_the_kernel_has_of_before(pair: Pair, disk: str) -> None:
+    """semantics: S6. A machine that was started a second time by mistake, its disk in the page cache since it was read here."""
+    one, two = pair
+    source = Disk(one, disk)
+    source.write(500, 1)
+    os.fsync(source.fd)
+    wait_until(lambda: (two.path / disk).read_bytes()[500 * BLOCK : 501 * BLOCK] == block(1), "the source commits")
+    target = os.open(two.path / disk, os.O_RDWR)
+    two.wait_log(disk + ANSWERED)
+    assert os.pread(target, BLOCK, 500 * BLOCK) == block(1)
+    source.write(500, 2)
+    os.fsync(source.fd)
+    source.close()
+    wait_until(lambda: held(one) == 0, "the source gives the lease back")
+    with pytest.raises(OSError) as caught:
+        os.pwrite(target, block(3), 501 * BLOCK)
+    assert caught.value.errno == errno.ESTALE
+    os.close(target)

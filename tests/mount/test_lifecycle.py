@@ -16,8 +16,10 @@ import pytest
 import trio
 
 from novafs.control import call
+from novafs.errors import MountError
 from novafs.mounttable import mount_at
 from novafs.statedir import CONTROL_SOCKET
+from novafs_mount import mountpoint
 from tests.support.engine import make_volume
 from tests.support.mounted import Mount, mounted, running
 
@@ -261,3 +263,20 @@ def test_the_kernel_forgets_and_so_does_the_daemon(mounted: Mount) -> None:
         while call(socket, "stats")["mount"]["nodes"] > 3 and time.monotonic() < deadline:
             Path("/proc/sys/vm/drop_caches").write_text("2")
         assert call(socket, "stats")["mount"]["nodes"] <= 3
+
+
+def test_a_live_mount_with_the_number_of_the_dead_one_is_not_taken_for_it(tmp_path: Path) -> None:
+    """Another daemon has replaced the dead mount meanwhile, and the kernel has given its device number to that."""
+    with mounted(tmp_path) as mount:
+        (mount.path / "a.raw").write_bytes(b"content")
+        with pytest.raises(MountError, match="is busy"):
+            mountpoint.clear(mount.path, dead=mountpoint.device_of(mount.path))
+        assert (mount.path / "a.raw").read_bytes() == b"content"
+
+
+def test_what_was_written_below_a_dead_mount_that_somebody_took_away_is_not_hidden_without_a_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "written.raw").write_bytes(b"below")
+    mountpoint.clear(tmp_path, dead=(0, 1 << 19))
+    assert "the mount hides what is in it (written.raw)" in caplog.text

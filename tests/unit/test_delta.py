@@ -18,7 +18,7 @@ from novafs.chunk import HOLE_BYTES, ChunkId, PackId, Reference, chunk_id
 from novafs.codec import Codec, decode, encode, parse_codec
 from novafs.condemned import mark_damaged, read_condemned
 from novafs.delta import DEPTH_MAX, TRIALS, Deltas, Judge, Trial
-from novafs.errors import ConfigError, CorruptionError, FrameCorruptError, NewerFormatError, ObjectNotFoundError
+from novafs.errors import ConfigError, CorruptionError, FrameCorruptError, NewerFormatError, ObjectNotFoundError, StoreDeniedError
 from novafs.fsck import check
 from novafs.fsckstart import check_start
 from novafs.gc import GcReport, collect
@@ -368,6 +368,29 @@ def test_a_chain_that_is_not_known_is_not_made_longer(tmp_path: Path) -> None:
     on_world(tmp_path, main)
 
 
+def test_a_chain_that_came_damaged_is_not_made_longer_though_memory_had_its_base(tmp_path: Path) -> None:
+    async def main(world: World, volume: Volume) -> None:
+        await write_image(volume, "disk", FIRST)
+        content = await rewrite(volume, 1)
+        part = (await entries(volume, "disk"))[0]
+        (base,) = await chain_of(volume, part)
+        path = world.root / pack_name(part.pack_id)
+        good = path.read_bytes()
+        async with world.host("b") as other:
+            await other.cache.fetch([base])
+            damaged = bytearray(good)
+            damaged[part.offset + 8 + 48] ^= 0x10  # where the base is, within its pack
+            path.write_bytes(damaged)
+            assert (await other.cache.fetch([part])) == [content[0]]
+            path.write_bytes(good)
+            content[0] = alike(50)
+            await write_image(other, "disk", content)
+        async with world.host("c") as reader:
+            assert await read_image(reader, "disk") == plain_of(content)
+
+    on_world(tmp_path, main)
+
+
 def test_one_that_is_switched_off_or_was_not_made_for_it_makes_none(tmp_path: Path) -> None:
     async def main() -> None:
         for number, (made_for, setting) in enumerate([(True, "false"), (False, "true")]):
@@ -604,6 +627,53 @@ def test_a_commit_that_sleeps_while_its_base_is_collected_is_stored_again(tmp_pa
     on_world(tmp_path, main)
 
 
+@pytest.mark.parametrize("kind", ["other", "as before", "in part"])
+def test_a_commit_that_lost_its_packs_and_fails_refers_to_nothing_older_later(tmp_path: Path, kind: str) -> None:
+    new = b"x" * 10 + alike(0)[10:] if kind == "in part" else alike(1)
+
+    async def main(world: World, volume: Volume) -> None:
+        await write_image(volume, "disk", {i: alike(100 * i) for i in range(20)})
+        await write_image(volume, "disk", {i: random.Random(f"{i}").randbytes(CHUNK) for i in range(1, 20)})
+        store = world.stores["a"]
+
+        def deny(operation: str, name: str) -> None:
+            if operation == "create":
+                raise StoreDeniedError(f"{name}: not now")
+
+        def deny_what_follows(operation: str, name: str) -> None:
+            if name.startswith("images/"):
+                store.hook = deny
+
+        async with world.host("c") as collector:
+            image = await volume.open_image((await volume.catalog.resolve("disk", max_age_s=0)).node_id)
+            await image.write(0, new[:10] if kind == "in part" else new)
+            async with world.asleep("a", "create", "images/", image.commit) as sleeper:
+                for _ in range(6):
+                    world.sleep(2 * HOUR)
+                    await collect(collector, everything=True)
+                store.after = deny_what_follows
+            assert isinstance(sleeper.error, StoreDeniedError)
+            for _ in range(8):
+                world.sleep(2 * HOUR)
+                await collect(collector, everything=True)
+            store.hook = store.after = lambda operation, name: None
+            assert volume.cache.peek(chunk_id(alike(0))) is not None
+            last = new
+            if kind == "as before":
+                last = alike(0)
+                await image.write(0, last)
+            await image.commit(brief=kind == "in part")
+            expected = plain_of({0: last, **{i: random.Random(f"{i}").randbytes(CHUNK) for i in range(1, 20)}})
+            async with world.host("d") as reader:
+                assert await read_image(reader, "disk") == expected
+            await image.write(0, alike(2))
+            await image.commit()
+            assert (await codecs(volume, "disk"))[0] == Codec.HDE  # and is made against what is there again
+            await volume.close_image(image)
+
+    on_world(tmp_path, main)
+
+
 def test_a_delta_in_a_pack_without_a_footer_keeps_its_bases(tmp_path: Path) -> None:
     async def main(world: World, volume: Volume) -> None:
         await write_image(volume, "disk", FIRST)
@@ -708,6 +778,25 @@ def test_a_base_that_is_lost_is_an_error_that_names_it_and_fsck_names_the_image(
             # What is written over it is well again.
             await write_image(other, "disk", dict.fromkeys(range(lost), random.Random(4).randbytes(CHUNK)))
             assert await read_image(other, "disk") == plain_of({**content, **dict.fromkeys(range(lost), random.Random(4).randbytes(CHUNK))})
+
+    on_world(tmp_path, main)
+
+
+def test_a_scrub_finds_a_damaged_chain_though_memory_has_the_base(tmp_path: Path) -> None:
+    async def main(world: World, volume: Volume) -> None:
+        await write_image(volume, "disk", FIRST)
+        await rewrite(volume, 1)
+        part = (await entries(volume, "disk"))[0]
+        (base,) = await chain_of(volume, part)
+        assert not (await check(volume, scrub_packs=True)).problems
+        path = world.root / pack_name(part.pack_id)
+        data = bytearray(path.read_bytes())
+        data[part.offset + 8 + 48] ^= 0x10  # where the base is, within its pack
+        path.write_bytes(data)
+        await volume.cache.fetch([base])
+        report = await check(volume, scrub_packs=True)
+        assert report.damaged_frames == 1
+        assert [(touched.path, touched.offset) for touched in report.touched] == [("disk", 0)]
 
     on_world(tmp_path, main)
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from novafs import directio
 from novafs.directio import BLOCK_BYTES, DirectWriter
 from tests.support.fixtures import trio_test
 
 SIZE = 16 * BLOCK_BYTES
+MEMORY = Path("/dev/shm")
 
 
 @pytest.fixture
@@ -32,7 +35,13 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def fd(writer: DirectWriter, path: Path) -> Iterator[int]:
+def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file system of the test's directory counts as one that syncs; a test has no power cuts."""
+    monkeypatch.setattr(DirectWriter, "_file_system", lambda *_: min(directio._FILE_SYSTEMS))
+
+
+@pytest.fixture
+def fd(writer: DirectWriter, path: Path, anywhere: None) -> Iterator[int]:
     fd = writer.open(path)
     yield fd
     os.close(fd)
@@ -58,7 +67,7 @@ def test_a_short_write_leaves_nothing_of_a_longer_one_before(writer: DirectWrite
 
 
 @trio_test
-async def test_other_tasks_may_run_while_it_is_waited_for(tmp_path: Path) -> None:
+async def test_other_tasks_may_run_while_it_is_waited_for(tmp_path: Path, anywhere: None) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(SIZE))
     writer = DirectWriter(BLOCK_BYTES)
@@ -96,10 +105,21 @@ def test_a_write_that_fails_says_so_at_its_end(writer: DirectWriter, fd: int, pa
     write(writer, fd, 0, b"x")
 
 
-def test_a_closed_writer_leaves_a_write_that_nobody_waited_for_to_the_kernel(path: Path) -> None:
+def test_a_closed_writer_leaves_a_write_that_nobody_waited_for_to_the_kernel(path: Path, anywhere: None) -> None:
     writer = DirectWriter(BLOCK_BYTES)
     fd = writer.open(path)
     writer.begin(fd, 0, [b"z" * BLOCK_BYTES])
     os.close(fd)
     writer.close()
     assert path.read_bytes()[:1] == b"z"
+
+
+def test_a_file_system_that_is_not_known_to_sync_them_has_none(writer: DirectWriter) -> None:
+    with tempfile.NamedTemporaryFile(dir=MEMORY) as file:
+        file.write(b"\0" * SIZE)
+        file.flush()
+        before = set(os.listdir("/proc/self/fd"))
+        with pytest.raises(OSError, match="not known") as caught:
+            os.close(writer.open(Path(file.name)))
+        assert caught.value.errno == errno.EOPNOTSUPP
+        assert set(os.listdir("/proc/self/fd")) == before

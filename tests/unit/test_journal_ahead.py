@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from novafs import directio
 from novafs import journalfile as files
 from novafs.catalogtree import ROOT_ID
 from novafs.directio import DirectWriter
+from novafs.durable import FileOps
 from novafs.image import PAIRS_MIN
 from novafs.journal import Journal
 from novafs.journalfile import Record, RecordKind
@@ -19,6 +21,12 @@ from tests.support.engine import make_volume, opened
 from tests.support.fixtures import trio_test
 
 A, B = b"a" * 16, b"b" * 16
+
+
+@pytest.fixture(autouse=True)
+def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file system of the test's directory counts as one that syncs direct writes; a test has no power cuts."""
+    monkeypatch.setattr(DirectWriter, "_file_system", lambda *_: min(directio._FILE_SYSTEMS))
 
 
 def record(journal: Journal, image_id: bytes = A, size: int = 4096, previous: int = 0) -> Record:
@@ -114,6 +122,54 @@ async def test_a_kernel_that_refuses_direct_writes_is_not_asked_again(tmp_path: 
     assert found(directory) == [1, 2]
     assert len(asked) <= 1
     journal.close()
+
+
+@trio_test
+async def test_what_an_interrupt_leaves_in_flight_has_ended_before_anything_is_written_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "state" / "journal"
+    journal, records = await begun(directory)
+    await journal.append(records[1:])
+    begin = DirectWriter.begin
+
+    def interrupted(writer: DirectWriter, fd: int, position: int, parts: Sequence[bytes]) -> None:
+        begin(writer, fd, position, parts)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(DirectWriter, "begin", interrupted)
+    third, fourth = record(journal, previous=2), record(journal, previous=3)
+    with pytest.raises(KeyboardInterrupt):
+        await journal.append([third])
+    monkeypatch.undo()
+    busy: list[bool] = []
+    write = files.append
+
+    def watched(fd: int, position: int, parts: Sequence[bytes], *, ops: FileOps) -> None:
+        busy.append(journal._writer is not None and journal._writer.busy)
+        write(fd, position, parts, ops=ops)
+
+    monkeypatch.setattr(files, "append", watched)
+    await journal.append([third, fourth])
+    assert not any(busy)
+    assert found(directory) == [1, 2, 3, 4]
+    journal.close()
+
+
+@trio_test
+async def test_a_segment_is_not_used_again_under_a_write_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = tmp_path / "state" / "journal"
+    journal, _ = await begun(directory)
+    writer = journal._writer
+    assert writer is not None
+    assert writer.busy
+    journal.committed(A, 2)
+    with monkeypatch.context() as hanging:
+        hanging.setattr(DirectWriter, "ended_within", lambda *_: False)
+        journal.close()
+    assert not list(directory.glob("*.s*"))  # neither a segment nor a spare one
+    assert writer.ended_within(10)
+    writer.close()
 
 
 @trio_test
