@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from novafs.superblock import FORMAT
 from tests.support.ceph import Ceph, free_port
 from tests.support.cli_fixtures import Cli, LocalVolume
 from tests.support.fixtures import BUCKET
@@ -101,7 +102,7 @@ def test_a_volume_of_a_newer_format(volume: LocalVolume) -> None:
     good = superblock.read_bytes()
     superblock.chmod(0o600)
     superblock.write_text(json.dumps({**json.loads(good), "format": 99}))
-    assert volume.fails("ls") == f"{volume.url}: the volume has format 99, this NovaFS reads up to 1; upgrade NovaFS"
+    assert volume.fails("ls") == f"{volume.url}: the volume has format 99, this NovaFS reads up to {FORMAT}; upgrade NovaFS"
     superblock.write_bytes(good[:-20])
     assert "novafs.json does not parse" in volume.fails("ls")
     superblock.write_bytes(good)
