@@ -7,7 +7,7 @@ that command's place in the list.
 redis-py does protocol, pool, TLS and finding the primary through Sentinel. For Redis Cluster it is asked only which
 node serves which slot: its own cluster pipeline answers a dead node by trying every command again by itself, which
 turns one time-out into as many as there are commands. Here each node gets one plain pipeline, all nodes at once; where
-a slot has moved, the map is read again and the batch goes out once more.
+a slot has moved, the map is read again, is set right by the answers where it is still behind, and the batch goes out again.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ READ_BYTES: Final = 64 << 10
 """Socket reads of this size answered reads of 16 × 64 KiB fastest: 1.2 ms, against 1.75 with redis-py's 32 KiB and 2.2 with 1 MiB."""
 _NODE_THREADS: Final = 16
 _SCAN_COUNT: Final = 1000
+_REDIRECTIONS: Final = 3
 
 
 class LinkError(Exception):
@@ -46,7 +47,11 @@ class Command(NamedTuple):
 
 
 class _MovedError(Exception):
-    """The map of slots is out of date."""
+    """The map of slots is out of date. moves: where the servers say that the slots are."""
+
+    def __init__(self, moves: Sequence[errors.MovedError] = ()) -> None:
+        super().__init__()
+        self.moves = moves
 
 
 _UNREACHABLE: Final[tuple[type[BaseException], ...]] = (
@@ -92,7 +97,7 @@ class RedisLink:
                 return self._spread(client, commands)
             except _MovedError:
                 self.reset()
-                return self._spread(self._connected(), commands)
+                return self._redirected(self._connected(), commands)
         except _MovedError as error:
             if self.address.cluster:
                 raise LinkError("the slots are moving between nodes") from error
@@ -183,6 +188,19 @@ class RedisLink:
         client = library.Redis(host=host, port=port, **settings, **retry, **tls)
         return client, [client.close]
 
+    def _redirected(self, client: Any, commands: Sequence[Command]) -> list[Any]:
+        """By a map that was just read. The node that gave it may be the last one to hear that slots have moved: what the others answer
+        is written into it. Raises _MovedError where they send us round and round."""
+        for _ in range(_REDIRECTIONS):
+            try:
+                return self._spread(client, commands)
+            except _MovedError as moved:
+                if not moved.moves:
+                    raise
+                for move in moved.moves:
+                    client.nodes_manager.move_slot(move)
+        return self._spread(client, commands)
+
     def _spread(self, client: Any, commands: Sequence[Command]) -> list[Any]:
         """Each node its own part of the commands, all at once."""
         parts: dict[str, tuple[Any, list[int]]] = {}
@@ -238,12 +256,13 @@ def _run(client: Any, commands: Sequence[Command]) -> list[Any]:
 
 def _check(parts: list[list[Any]]) -> list[list[Any]]:
     """Answers that say that the server can not serve at all are raised; the others are passed on."""
-    for part in parts:
-        for answer in part:
-            if isinstance(answer, errors.MovedError):
-                raise _MovedError
-            if isinstance(answer, _UNREACHABLE):
-                raise answer
+    answers = [answer for part in parts for answer in part]
+    for answer in answers:
+        if isinstance(answer, _UNREACHABLE):
+            raise answer
+    moves = [answer for answer in answers if isinstance(answer, errors.MovedError)]
+    if moves:
+        raise _MovedError(moves)
     return parts
 
 

@@ -15,6 +15,7 @@ from concurrent.futures import ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given
@@ -578,6 +579,28 @@ def test_a_cluster_is_followed_when_slots_move_and_when_a_node_dies(tmp_path: Pa
             return tier.get_many(list(more)) == more
 
         wait_until(works, "the cluster to take writes")
+
+
+def test_a_map_of_slots_that_is_behind_is_set_right_by_the_answers(redis_cluster: ClusterServers, volume_id: str) -> None:
+    """The node that a new map is read from may be the last one to hear of a move."""
+    with opened(redis_cluster.url, volume_id) as tier:
+        frames = frames_of(100)
+        tier.put_many(frames)
+        made = tier._link._connect
+
+        def connect_with_an_old_map() -> Any:
+            client, closers = made()
+            slots = client.nodes_manager.slots_cache
+            first = slots[0]
+            for slot in slots:
+                slots[slot] = list(first)
+            return client, closers
+
+        with patch.object(tier._link, "_connect", connect_with_an_old_map):
+            tier._link.reset()
+            assert tier.get_many(list(frames)) == frames
+            tier.put_many(frames_of(100))
+        assert tier.statistics().errors == 0
 
 
 def _move_slots(servers: ClusterServers, tier: RedisTier) -> None:
