@@ -119,7 +119,7 @@ class LearningConfig:
 class PrefetchConfig:
     """window: chunks; window_bytes: what it grows to. accuracy_target, aggression: 0 to 1.
 
-    traffic_max: a multiple of the traffic without prefetch.
+    traffic_max: a multiple of the traffic without prefetch. read_around_bytes: of a region; 0 for none.
     """
 
     enabled: bool
@@ -128,6 +128,7 @@ class PrefetchConfig:
     accuracy_target: float
     aggression: float
     traffic_max: float
+    read_around_bytes: int
 
 
 class Setting(NamedTuple):

@@ -640,6 +640,12 @@ KEYS: Final = (
         "How much is prefetched in vain at most.", live=True,
     ),
     Key(
+        "prefetch.read_around", "prefetch.read_around_bytes", Size(minimum=0, maximum=64 * MIB), "2MiB",
+        "What is fetched around a chunk that a guest waits for, at most, while nothing is known of how its image is read and the store is "
+        "far; as long as it pays. It counts for itself, and not as prefetch. 0: nothing.",
+        "The first boot of an image that no host has booted; bytes that it reads in vain.", live=True,
+    ),
+    Key(
         "learning.rate", "learning.rate", Number(0, 10), "1",
         "How fast the models learn that prefetch and eviction keep, as a multiple of the measured best. 0: they are used as they were "
         "saved, and nothing is learned or saved.",

@@ -300,6 +300,13 @@ FAMILIES: Final = (
         ("source", "end"),
     ),
     Family(
+        "novafs_read_around_chunks_total",
+        COUNTER,
+        "Chunks fetched around those that guests waited for (`prefetch.read_around`): how many came, were used, and left L1 unused.",
+        read.each(**{end: f"prefetch.around.{end}" for end in ("arrived", "used", "wasted")}),
+        ("end",),
+    ),
+    Family(
         "novafs_prefetch_accuracy", GAUGE, "Prefetched chunks used before they were evicted / prefetched.", read.one("prefetch.accuracy")
     ),
     Family("novafs_prefetch_coverage", GAUGE, "Misses avoided / misses without prefetch.", read.one("prefetch.coverage")),

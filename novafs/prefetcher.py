@@ -31,6 +31,7 @@ from novafs.chunk import HOLE_BYTES, Reference
 from novafs.errors import NovaError, RetryableError
 from novafs.imagereader import ImageReader
 from novafs.prefetch.account import Settings
+from novafs.prefetch.around import ReadAround
 from novafs.prefetch.base import INDEX_BITS, INDEX_MASK, NOTHING, Access, Fetch, Key, Place, key_of
 from novafs.prefetch.engine import PrefetchEngine
 from novafs.prefetch.pacer import Pacer
@@ -57,6 +58,8 @@ IDLE_S: Final = 1.0
 """Without a read for so long the engine may learn in slices."""
 BATCH_CHUNKS: Final = 512
 NUMBERS_MAX: Final = 4096
+SOON: Final = 4
+"""Chunks behind a missed one that do not wait for the rest of its region."""
 NEAR: Final = 4
 """Chunks behind a fetched one that are looked at whether they come along."""
 
@@ -87,6 +90,7 @@ class Prefetcher:
         """requests_max: how many requests the store's client sends at once, of which half may be for prefetches."""
         capacity = max(1, cache.l1.capacity_bytes // settings.chunk_size)
         self.engine = PrefetchEngine(capacity_chunks=capacity, settings=settings, content=self._content)
+        self.around = ReadAround(most_chunks=settings.read_around_bytes // settings.chunk_size, capacity_chunks=capacity)
         self.pacer = Pacer(capacity, first=BATCH_CHUNKS)
         self.throttle = Throttle()
         self._cache = cache
@@ -111,6 +115,11 @@ class Prefetcher:
         self._nursery: trio.Nursery | None = None
         cache.on_evicted = self._evicted
         cache.on_l3_read = self._l3_read
+
+    def retune(self, settings: Settings) -> None:
+        """Other settings from now on; what was learned stays."""
+        self.engine.retune(settings)
+        self.around.retune(most_chunks=settings.read_around_bytes // settings.chunk_size)
 
     # -- what images tell ---------------------------------------------------------------------------------------
 
@@ -285,6 +294,11 @@ class Prefetcher:
     def _observe(self, entry: _Entry, now_s: float) -> None:
         engine, image = self.engine, entry.image
         base = image.watch_number << INDEX_BITS
+        if self.around.holding:
+            for index in range(entry.first, entry.last + 1):
+                raw = image.entry_nowait(index)
+                if raw is not None:
+                    self.around.used(key_of(raw))
         skimming = not self.throttle.open
         if skimming and entry.first == entry.last and not entry.missing and not engine.expected(base | entry.first):  # most of them
             raw = image.entry_nowait(entry.first)
@@ -304,6 +318,8 @@ class Prefetcher:
                 engine.skim_miss(place, raw)
             else:
                 engine.observe(Access(place, key_of(raw), now_s, False, hit, more=index != seen[-1][0]), sparing=skimming)
+        if entry.missing and not engine.replaying(image.watch_number):
+            self._look_around(image, entry.missing[0])
 
     # -- fetching -----------------------------------------------------------------------------------------------
 
@@ -352,6 +368,52 @@ class Prefetcher:
             with harmless():
                 for place in open_places:
                     self.engine.failed(place)
+        with harmless():
+            self._dispatch()
+
+    def _look_around(self, image: ImageReader, index: int) -> None:
+        """Fetch what lies around a missed chunk, and beside it in its pack, where that pays (`novafs.prefetch.around`)."""
+        raw = image.entry_nowait(index)
+        if self._nursery is None or raw is None or raw == HOLE_BYTES or self._requests >= self._requests_max:
+            return
+        region = self.around.region(image.watch_number, index, self.pacer.demand_s)
+        if not region:
+            return
+        middle, reach = Reference.unpack(raw), len(region) * self.engine.settings.chunk_size
+        places: list[tuple[Place, Reference]] = []
+        for near in region:
+            raw = image.entry_nowait(near)
+            if raw is None or raw == HOLE_BYTES or self._cache.present(raw[:32]):
+                continue
+            place, reference = image.watch_number << INDEX_BITS | near, Reference.unpack(raw)
+            if reference.pack_id == middle.pack_id and abs(reference.offset - middle.offset) < reach and not self.engine.expected(place):
+                places.append((place, reference))
+        places = places[: self.pacer.room]
+        # What follows is asked for next more often than not: it comes in a request of its own, and not with the last of the region.
+        after = image.watch_number << INDEX_BITS | index
+        soon = [one for one in places if after < one[0] <= after + SOON]
+        rest = [one for one in places if not after < one[0] <= after + SOON]
+        for part in (soon, rest):
+            if part:
+                self.around.asked(image.watch_number, len(part))
+                self.pacer.sent(len(part))
+                self._requests += 1
+                self._nursery.start_soon(self._fetch_around, image.watch_number, part)
+
+    async def _fetch_around(self, number: int, places: list[tuple[Place, Reference]]) -> None:
+        began_s, arrived, timed_out = trio.current_time(), 0, False
+        missing = {place for place, _ in places}
+        try:
+            arrived, timed_out = await self._fetch_together(places, missing)
+        except Exception:
+            log.exception("prefetch: a mistake in NovaFS; please report it. Reads go on without")
+        finally:
+            self._requests -= 1
+            if arrived < len(places):
+                self.pacer.failed(len(places) - arrived, trio.current_time(), timed_out=timed_out)
+        if arrived:
+            self.around.took(trio.current_time() - began_s, self.pacer.demand_s)
+            self.around.arrived(number, [key_of(reference.chunk_id) for place, reference in places if place not in missing])
         with harmless():
             self._dispatch()
 
@@ -431,7 +493,10 @@ class Prefetcher:
 
     def _evicted(self, chunk_ids: Sequence[bytes]) -> None:
         with harmless():
-            self.engine.evicted([key_of(chunk_id) for chunk_id in chunk_ids])
+            keys = [key_of(chunk_id) for chunk_id in chunk_ids]
+            self.engine.evicted(keys)
+            if self.around.holding:
+                self.around.evicted(keys)
 
     def _l3_read(self, seconds: float, demand: bool) -> None:
         if demand:
@@ -453,6 +518,7 @@ class Prefetcher:
             "patterns": self.engine.patterns(),
             "accuracy": found.total.accuracy,
             "coverage": found.coverage,
+            "around": self.around.statistics(),
             "in_flight": self.pacer.in_flight,
             "latency_s": self.pacer.latency_s,
             "policy_cpu_s": self.throttle.policy_s,

@@ -337,6 +337,7 @@ def _prefetch_settings(config: Config, chunk_size: int) -> Settings:
         prefetch_accuracy_target=config.prefetch.accuracy_target,
         prefetch_aggression=config.prefetch.aggression,
         prefetch_traffic_max=config.prefetch.traffic_max,
+        read_around_bytes=config.prefetch.read_around_bytes,
         learning_rate=config.learning.rate,
         chunk_size=chunk_size,
     )
@@ -477,7 +478,7 @@ class Volume:
         if self.writeback.leases is not None:
             self.writeback.leases.rules = _lease_rules(config)
         if self.prefetcher is not None:
-            self.prefetcher.engine.retune(_prefetch_settings(config, self.chunk_size))
+            self.prefetcher.retune(_prefetch_settings(config, self.chunk_size))
 
     def _opened(self) -> list[tuple[bytes, int]]:
         """The generations whose content handles here may read."""

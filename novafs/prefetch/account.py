@@ -22,6 +22,8 @@ class Settings:
     prefetch_aggression: float = 0.0
     prefetch_traffic_max: float = 1.5
     """Backend traffic as a multiple of what there would be without prefetch."""
+    read_around_bytes: int = 2 << 20
+    """What is fetched around a miss of an image of which nothing is known, where the store is far; 0: nothing."""
     chunk_size: int = 65536
     places_max: int = PLACES_MAX
     learning_rate: float = 1.0
@@ -34,6 +36,7 @@ class Settings:
             ("prefetch_aggression", 0.0, 1.0),
             ("prefetch_traffic_max", 1.0, 100.0),
             ("prefetch_window_bytes", 65536, 1 << 30),
+            ("read_around_bytes", 0, 1 << 26),
             ("chunk_size", 512, 1 << 26),
             ("places_max", 1024, 1 << 26),
             ("learning_rate", 0.0, 10.0),

@@ -282,6 +282,11 @@ class PrefetchEngine:
         """Whether a prefetch of this place has not ended."""
         return place in self._issued
 
+    def replaying(self, number: int) -> bool:
+        """Whether a profile says what this image will read next."""
+        image = self._images.get(number)
+        return image is not None and (image.replaying > 0 or bool(image.replay))
+
     def hopeless(self, number: int) -> bool:
         """Whether prefetch has found next to nothing to do on this image so far, as where reads are random."""
         image = self._images.get(number)

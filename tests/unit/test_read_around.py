@@ -1,0 +1,184 @@
+"""Read-around: what is fetched beside a miss while nothing is known of an image, and that it stops where that does not help."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from novafs.catalogtree import ROOT_ID
+from novafs.image import Image
+from novafs.prefetch.around import CACHE_SHARE, CREDIT, EARNS, ReadAround
+from novafs.prefetch.pacer import Pacer
+from novafs.volume import Volume
+from tests.support.engine import make_volume, opened
+
+FAR_S = 0.02
+CHUNK = 64 << 10
+CHUNKS = 2048
+
+
+def account(most_chunks: int = 32, capacity_chunks: int = 4096) -> ReadAround:
+    return ReadAround(most_chunks=most_chunks, capacity_chunks=capacity_chunks)
+
+
+def test_a_region_is_aligned_and_holds_what_was_missed() -> None:
+    assert account().region(1, 70, FAR_S) == range(64, 96)
+    assert account().region(1, 64, FAR_S) == range(64, 96)
+    assert account(most_chunks=10).region(1, 19, FAR_S) == range(10, 20)
+
+
+def test_a_near_store_is_asked_for_nothing_and_a_less_far_one_for_less() -> None:
+    assert not account().region(1, 70, 0.0)
+    assert not account().region(1, 70, 0.004)
+    assert 8 <= len(account().region(1, 70, 0.008)) <= 16
+
+
+def test_nothing_where_it_is_switched_off_or_the_cache_is_tiny() -> None:
+    assert not account(most_chunks=0).region(1, 70, FAR_S)
+    assert not account(capacity_chunks=3 * CACHE_SHARE).region(1, 70, FAR_S)
+    assert len(account(capacity_chunks=8 * CACHE_SHARE).region(1, 70, FAR_S)) == 8
+
+
+def test_what_nobody_uses_is_soon_enough() -> None:
+    around = account()
+    rng, brought = random.Random(1), 0
+    for miss in range(5000):
+        region = around.region(1, rng.randrange(1 << 20), FAR_S)
+        if region:
+            around.asked(1, len(region))
+            around.arrived(1, range(miss * 64, miss * 64 + len(region)))
+            brought += len(region)
+    assert brought <= CREDIT + 5000 / 64 + 32
+    assert around.region(2, 0, FAR_S)  # another image is another matter
+
+
+def test_one_chunk_in_eight_that_is_used_keeps_it_going() -> None:
+    around = account()
+    for miss in range(500):
+        region = around.region(1, miss * 32, FAR_S)
+        assert region
+        around.asked(1, len(region))
+        around.arrived(1, range(miss * 32, miss * 32 + 32))
+        for used in range(int(32 / EARNS)):
+            around.used(miss * 32 + used)
+    assert around.statistics()["used"] == 500 * 4
+
+
+def test_a_narrow_link_is_asked_for_smaller_regions_and_a_wide_one_for_larger_ones_again() -> None:
+    around = account()
+    for _ in range(3):
+        around.took(4 * FAR_S, FAR_S)
+    assert len(around.region(1, 0, FAR_S)) == 8
+    for _ in range(40):
+        around.took(FAR_S, FAR_S)
+    assert len(around.region(1, 0, FAR_S)) == 32
+
+
+def test_what_left_the_cache_unused_is_counted_once_and_forgotten() -> None:
+    around = account()
+    around.arrived(1, [1, 2, 3])
+    around.used(2)
+    around.used(2)
+    around.evicted([1, 2, 3, 4])
+    assert around.statistics() == {"arrived": 3, "used": 1, "wasted": 2}
+    assert not around.holding
+
+
+def test_what_is_remembered_is_bounded() -> None:
+    around = account(capacity_chunks=100)
+    for image in range(2000):
+        around.region(image, 0, FAR_S)
+    around.arrived(1, range(10_000))
+    assert len(around._credit) <= 256
+    assert len(around._held) <= 100
+
+
+# --- on a volume ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A volume with an image that was written from front to end."""
+    directory = tmp_path_factory.mktemp("around")
+
+    async def make() -> None:
+        url = await make_volume(f"file://{directory / 'store'}")
+        async with opened(url, directory / "setup") as volume:
+            entry = await volume.create(ROOT_ID, "one.raw")
+            image = await volume.open_image(entry.node_id)
+            for at in range(0, CHUNKS, 128):
+                await image.write(at * CHUNK, os.urandom(128 * CHUNK))
+            await volume.close_image(image)
+
+    trio.run(make)
+    return directory
+
+
+class FarPacer(Pacer):
+    """What it is told of a store is always that it is far."""
+
+    def demand(self, took_s: float, now_s: float) -> None:
+        super().demand(FAR_S, now_s)
+
+
+async def _read_far(volume: Volume, image: Image, chunks: list[int]) -> int:
+    """Read chunks as a guest of a store that is far away; how many it waited for."""
+    assert volume.prefetcher is not None
+    volume.prefetcher.pacer = FarPacer(4096, first=512)
+    waited = 0
+    for index in chunks:
+        if image.read_nowait(index * CHUNK, 4096) is None:
+            waited += 1
+            await image.read(index * CHUNK, 4096)
+        await trio.testing.wait_all_tasks_blocked(0.002)
+        await volume.cache.wait_idle()
+        await trio.testing.wait_all_tasks_blocked(0.002)
+    return waited
+
+
+def _cold(store: Path, place: Path, chunks: list[int], **flags: str) -> tuple[int, dict[str, Any]]:
+    """How many a first reader waits for, and prefetch's figures."""
+
+    async def main() -> tuple[int, dict[str, Any]]:
+        # Read-only: the next test finds nothing learned either.
+        async with opened(
+            f"file://{store / 'store'}", place, prefetch=True, read_only=True, **{"prefetch__read_around": "2MiB", **flags}
+        ) as volume:
+            image = await volume.open_image((await volume.catalog.lookup(ROOT_ID, "one.raw")).node_id)
+            waited = await _read_far(volume, image, chunks)
+            assert volume.prefetcher is not None
+            found = volume.prefetcher.statistics()
+            await volume.close_image(image)
+            return waited, found
+
+    return trio.run(main)
+
+
+def _clustered() -> list[int]:
+    """Twenty places, at each of which ten chunks of 32 are read, in no order."""
+    rng = random.Random(3)
+    return [32 * place + at for place in rng.sample(range(CHUNKS // 32), 20) for at in rng.sample(range(32), 10)]
+
+
+def test_a_first_reader_waits_once_for_each_place(store: Path, tmp_path: Path) -> None:
+    waited, found = _cold(store, tmp_path / "a", _clustered())
+    assert waited <= 25
+    assert 170 <= found["around"]["used"] <= found["around"]["arrived"] <= 20 * 31
+    assert found["total"]["issued"] == found["total"]["used"] + found["total"]["wasted"] + found["total"]["late"] + found["pending"]
+
+
+def test_without_it_a_first_reader_waits_for_most_chunks(store: Path, tmp_path: Path) -> None:
+    waited, found = _cold(store, tmp_path / "a", _clustered(), prefetch__read_around="0")
+    assert waited >= 100
+    assert found["around"]["arrived"] == 0
+
+
+def test_random_reads_bring_a_bounded_number_of_chunks_in_vain(store: Path, tmp_path: Path) -> None:
+    _, found = _cold(store, tmp_path / "a", random.Random(5).sample(range(0, CHUNKS, 32), CHUNKS // 32))
+    assert found["around"]["arrived"] <= CREDIT + 32
