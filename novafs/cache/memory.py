@@ -44,6 +44,8 @@ DECODED_BYTES: Final = 224
 """The same for a decoded copy: at most 207 measured."""
 FOREIGN_BYTES: Final = 128
 """The same for remembering a codec that is not the tier's own."""
+POLICY_FREE: Final = 20
+"""What a policy takes up to one part in so many of the cap is not counted: L1 holds as many chunks under one that learns as under LRU."""
 POLICY_SHARE: Final = 8
 """What a policy takes beside ENTRY_BYTES is counted up to one part in so many: in a tiny tier its tables would leave no room."""
 TOUCHES_MAX: Final = 1024
@@ -281,7 +283,8 @@ class MemoryTier:
         """Count what the policy takes against the cap. Now and then: it costs a pass over its parts."""
         quality = self._policy.quality()
         if quality is not None:
-            self.set_reserved("policy", min(quality.memory_bytes, self.capacity_bytes // POLICY_SHARE))
+            over = quality.memory_bytes - self.capacity_bytes // POLICY_FREE
+            self.set_reserved("policy", max(0, min(over, self.capacity_bytes // POLICY_SHARE)))
 
     # --- Tier -------------------------------------------------------------------------------------------------
 

@@ -1,8 +1,8 @@
 """`learned`: the policy that measures who knows best, and does what he says.
 
 Parts: a book of features (`features`), a model of distances learned online from it (`learner`), shadow caches of the experts and of
-the model for a sample of the keys (`shadow`). LRU is in charge until there is a model, then the model, until the shadows show that it is
-worse than LRU or that somebody is better; who takes over learns what the tier holds, a slice for each call: nothing is dropped for a
+the model for a sample of the keys (`shadow`). LRU is in charge until there is a model (where time is limited: one that has learned for a
+while), then the model, until the shadows show that it is worse than LRU or that somebody is better; who takes over learns what the tier holds, a slice for each call: nothing is dropped for a
 change of mind.
 
 Always holds: what it names as victims is what it was told of and has not named; with no forest, a forest that does not load, or with
@@ -49,6 +49,8 @@ PAUSES_MAX: Final = 64
 """Batches of accesses that the shadows may miss for want of credit before their sample is halved."""
 CHANCES_SHARE: Final = 0.25
 """Of what may be spent, how much the tiers below get: they ask for few chunks at a time, which is dear."""
+APPRENTICE: Final = 3
+"""Where its time is limited the model decides from its so manieth training on: what it values before is time that it does not learn in."""
 PENDING_MAX: Final = 1024
 PENDING_MIN: Final = 64
 PENDING_SHARE: Final = 4
@@ -103,6 +105,8 @@ class LearnedPolicy(EvictionPolicy):
         self._told_s = 0.0
         """Of what was spent, that which went into `chances`."""
         self._paused = 0
+        self._begun = False
+        """There is a model that decides, or did until it was measured."""
         self._calls = 0
         self._inserted_at = 0
         self._inserted = 0
@@ -159,7 +163,7 @@ class LearnedPolicy(EvictionPolicy):
             mean = self._used_bytes / len(book.held) if book.held else CHUNK_BYTES
             chunks = max(1.0, self._told_bytes / mean)
         book.set_scale(chunks)
-        self._pending_max = int(max(PENDING_MIN, min(PENDING_MAX, chunks / PENDING_SHARE)))
+        self._pending_max = int(max(PENDING_MIN, min(PENDING_MAX, chunks / (1 if self._allowance.limited else PENDING_SHARE))))
         learner, random = self._learner, self._random
         if anew or self._shadows is None or not self._shadow_chunks / 2 < chunks < self._shadow_chunks * 2:
             first = LRU if self._learner.forest is None else MODEL
@@ -229,7 +233,9 @@ class LearnedPolicy(EvictionPolicy):
         example = book.access(slot)
         if example >= 0:
             self._learner.answered(example, book.now - 1)
-        if marked and self._shadows is not None and self._allowance.credit_s >= SHADOW_S and self._shadows.access(key, book.size_of(slot)):
+        if not marked or self._shadows is None or self._apprentice or self._allowance.credit_s < SHADOW_S:
+            return
+        if self._shadows.access(key, book.size_of(slot)):
             self._take_over()
 
     def resize(self, key: bytes, size: int) -> None:
@@ -267,7 +273,7 @@ class LearnedPolicy(EvictionPolicy):
         self._learner.answered_many(*book.access_many(slots))
         self._draw()
         shadows = self._shadows
-        if shadows is None:
+        if shadows is None or self._apprentice:
             return
         if self._allowance.credit_s < SHADOW_S:
             self._paused += 1
@@ -387,8 +393,14 @@ class LearnedPolicy(EvictionPolicy):
             self._moving = iter(list(self._book.held))
             self._move()
 
+    @property
+    def _apprentice(self) -> bool:
+        """Whether all the time there is goes into learning: nothing is measured yet, and nobody told."""
+        return self._allowance.limited and not self._begun
+
     def _begin_model(self) -> None:
         """There is a model now: it has the word until it was measured, which is soon, and then as long as it is no worse than LRU."""
+        self._begun = True
         if self._shadows is not None:
             self._shadows.begin(MODEL)
             self._take_over()
@@ -414,9 +426,8 @@ class LearnedPolicy(EvictionPolicy):
             return False
         self._catch_up()
         began = self._clock()
-        untrained = self._learner.forest is None
         more = self._learner.step()
-        if untrained and self._learner.forest is not None:
+        if not self._begun and self._learner.trainings >= (APPRENTICE if self._allowance.limited else 1):
             self._begin_model()
         self._spent(began)
         return more
@@ -428,6 +439,7 @@ class LearnedPolicy(EvictionPolicy):
         spent_s = allowance.spent_s
         if (
             self._learner.forest is None
+            or self._apprentice
             or allowance.credit_s < LRU_S
             or (allowance.limited and self._told_s > CHANCES_SHARE * (spent_s + CREDIT_FIRST_S))
         ):

@@ -1,7 +1,7 @@
 """Eviction policies on a real mount: a recorded disk's accesses, read with O_DIRECT, an L1 that holds a tenth of the chunks.
 
     python -m tests.bench.eviction_mount [--trace arc_P3] [--accesses 60000] [--chunk 64KiB] [--l1 64MiB] [--policies lru,learned]
-        [--prefetch off,on] [--pause-ms 0]
+        [--prefetch off,on] [--pause-ms 0] [--again]
 
 Needs the trace folder (NOVAFS_TRACES, or `../shared/traces` beside the tree) and FUSE. The store is a directory, the image has random
 bytes where the trace reads, and each row is a fresh mount with nothing cached and nothing learned. Printed: chunks that L1 had, what was
@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--pause-ms", type=float, default=0.0)
     parser.add_argument("--policies", default="lru,learned")
     parser.add_argument("--prefetch", default="off,on")
+    parser.add_argument("--again", action="store_true", help="the same on a second mount, which begins with what the first has learned")
     arguments = parser.parse_args()
     folder = traces_folder()
     if folder is None:
@@ -79,7 +80,10 @@ def main() -> None:
         print("|---|---|---|---|---|---|---|---|---|---|---|")
         for prefetch in arguments.prefetch.split(","):
             for policy in arguments.policies.split(","):
-                _row(directory, url, [index * chunk_size for index in indexes], arguments.l1, policy, prefetch, arguments.pause_ms / 1e3)
+                shutil.rmtree(directory / "store" / "models", ignore_errors=True)  # what the row before has learned
+                for again in range(1 + (arguments.again and policy == "learned")):
+                    offsets = [index * chunk_size for index in indexes]
+                    _row(directory, url, offsets, arguments.l1, policy, prefetch, arguments.pause_ms / 1e3, again)
 
 
 def _make_image(path: Path, indexes: list[int], chunk_size: int) -> None:
@@ -96,9 +100,8 @@ def _cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / TICKS
 
 
-def _row(directory: Path, url: str, offsets: list[int], l1: str, policy: str, prefetch: str, pause_s: float) -> None:
-    here = directory / f"{policy}-{prefetch}"
-    shutil.rmtree(directory / "store" / "models", ignore_errors=True)  # what the row before has learned
+def _row(directory: Path, url: str, offsets: list[int], l1: str, policy: str, prefetch: str, pause_s: float, again: int) -> None:
+    here = directory / f"{policy}-{prefetch}-{again}"
     options = ["--l1-capacity", l1, "--set", f"l1.policy={policy}", "--set", f"prefetch.enabled={'true' if prefetch == 'on' else 'false'}"]
     with running(url, here / "mnt", here / "state", *options) as mount:
         fd = os.open(mount.path / "disk.raw", os.O_RDONLY | os.O_DIRECT)
@@ -120,8 +123,9 @@ def _row(directory: Path, url: str, offsets: list[int], l1: str, policy: str, pr
     learned_s = eviction.get("cpu_s") or 0.0
     guessed_s = (document["prefetch"] or {}).get("policy_cpu_s") or 0.0
     in_charge = f"{eviction['in_charge']}, {eviction['trainings']} trainings" if "in_charge" in eviction else "-"
+    who = f"{policy}, another mount after it" if again else policy
     print(
-        f"| {prefetch} | {policy} | {hits} ({hits / len(offsets):.4f}) | {fetched} | {took_s:.1f} | {cpu_s:.1f} | {learned_s:.2f} "
+        f"| {prefetch} | {who} | {hits} ({hits / len(offsets):.4f}) | {fetched} | {took_s:.1f} | {cpu_s:.1f} | {learned_s:.2f} "
         f"| {learned_s / cpu_s:.1%} | {guessed_s:.2f} | {guessed_s / cpu_s:.1%} | {in_charge} |",
         flush=True,
     )

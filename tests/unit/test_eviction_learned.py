@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections.abc import Callable
 from functools import cache
@@ -17,7 +18,7 @@ from novafs.errors import NewerFormatError, ObjectCorruptError
 from novafs.eviction.allowance import CREDIT_FIRST_S, CREDIT_MAX_S, Allowance
 from novafs.eviction.base import EvictionPolicy, Quality
 from novafs.eviction.features import BATCH_MIN, FEATURES
-from novafs.eviction.learned import LRU, MODEL, SHADOW_S, LearnedPolicy
+from novafs.eviction.learned import APPRENTICE, LRU, MODEL, SHADOW_S, LearnedPolicy
 from novafs.eviction.lru import LruPolicy
 from novafs.eviction.shadow import SHADOW_CHUNKS, SHADOW_CHUNKS_MIN, Shadows
 from novafs.eviction.state import KIND, MODEL_MAX, VERSION, ForestRecord
@@ -348,6 +349,39 @@ def test_what_the_tiers_below_ask_takes_a_share_of_what_may_be_spent() -> None:
     policy.limit_cpu(0.0)
     policy._told_s = 100.0
     assert policy.chances([key_of(1)]) != [None]
+
+
+def test_where_its_time_is_limited_it_is_lru_until_it_has_learned_for_a_while() -> None:
+    class Watched(LearnedPolicy):
+        """Notes who was in charge after how many trainings."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[tuple[int, str]] = []
+
+        def work(self) -> bool:
+            more = super().work()
+            quality = self.quality()
+            self.seen.append((quality.trainings, quality.in_charge))
+            return more
+
+    seconds = itertools.count()
+    policy = Watched()
+    policy._allowance = Allowance(1.0, process_s=lambda: float(next(seconds)))  # as much as it likes
+    stream = hot_set_and_streams()
+    missed = misses_of(stream, policy, 100)
+    assert {in_charge for trainings, in_charge in policy.seen if trainings < APPRENTICE} == {LRU}
+    assert next(in_charge for trainings, in_charge in policy.seen if trainings == APPRENTICE) == MODEL
+    assert missed < misses_of(stream, LruPolicy(), 100)
+
+    # What was learned in an earlier life is used at once.
+    saved = policy.save()
+    assert saved is not None
+    heir = LearnedPolicy()
+    heir.limit_cpu(0.05)
+    heir.set_capacity(100 * CHUNK)
+    heir.load(saved, "a model")
+    assert heir.quality().in_charge == MODEL
 
 
 def test_shadows_that_are_starved_take_a_smaller_sample() -> None:

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from novafs.cache.base import Frame
-from novafs.cache.memory import DECODED_BYTES, ENTRY_BYTES, FOREIGN_BYTES, TOUCHES_MAX, MemoryTier
+from novafs.cache.memory import DECODED_BYTES, ENTRY_BYTES, FOREIGN_BYTES, POLICY_FREE, POLICY_SHARE, TOUCHES_MAX, MemoryTier
 from novafs.codec import Codec, encode
 from novafs.errors import ConfigError
+from novafs.eviction.learned import LearnedPolicy
 from novafs.eviction.lru import LruPolicy
 
 CHUNK = 4096
@@ -267,6 +268,19 @@ def test_bytes_that_exist_anyway_are_counted_even_above_the_capacity() -> None:
     assert tier.set_reserved("dirty", 0)
     assert tier.set_reserved("maps", -5)
     assert tier.statistics().reserved_bytes == {}
+
+
+def test_a_policy_that_learns_takes_a_twentieth_of_the_cap_for_nothing_and_what_is_over_it_counts() -> None:
+    policy = LearnedPolicy()
+    tier = MemoryTier(capacity_bytes=100 * CHUNK, policy=policy)
+    tier.weigh()
+    quality = policy.quality()
+    over = quality.memory_bytes - 100 * CHUNK // POLICY_FREE
+    assert over > 0
+    assert tier.statistics().reserved_bytes.get("policy", 0) == min(over, 100 * CHUNK // POLICY_SHARE)
+    tier.set_capacity(POLICY_FREE * (quality.memory_bytes + CHUNK))
+    tier.weigh()
+    assert "policy" not in tier.statistics().reserved_bytes
 
 
 def test_clearing_and_closing_give_back_the_memory_but_not_what_others_hold() -> None:
