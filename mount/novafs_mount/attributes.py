@@ -32,6 +32,8 @@ BLOCK_SIZE: Final = 512
 BLKSIZE_MIN: Final = 64 << 10
 USER: Final = "user."
 VIRTUAL: Final = "user.novafs."
+IMAGE_MODE_DROPPED: Final = stat.S_ISUID | stat.S_ISGID
+"""Bits that no image has: nobody executes a disk, and what a write must clear is never there (`novafs_mount.killpriv`)."""
 INODE_GENERATION: Final = 0
 """An inode number is 63 bits of a random node id and never used again: nothing needs to tell reuses apart."""
 
@@ -75,8 +77,8 @@ class Presentation:
         out.st_ino = inode
         out.generation = INODE_GENERATION
         out.entry_timeout = out.attr_timeout = TIMEOUT_S
-        kind = stat.S_IFDIR if entry.kind is Kind.DIRECTORY else stat.S_IFREG
-        out.st_mode = kind | (entry.mode if self._mode is None else self._mode)
+        kind, kept = (stat.S_IFDIR, ~0) if entry.kind is Kind.DIRECTORY else (stat.S_IFREG, ~IMAGE_MODE_DROPPED)
+        out.st_mode = kind | (entry.mode & kept if self._mode is None else self._mode)
         out.st_nlink = 0 if gone else 1
         out.st_uid = entry.uid if self._uid is None else self._uid
         out.st_gid = entry.gid if self._gid is None else self._gid

@@ -77,7 +77,6 @@ def fuse_descriptor() -> int | None:
     return found[0] if len(found) == 1 else None
 
 
-def busy_poll() -> BusyPoll | None:
-    """For the session of this process, after it was mounted; None where it can not help."""
-    fd = fuse_descriptor()
+def busy_poll(fd: int | None) -> BusyPoll | None:
+    """For the session of this process, after it was mounted, by its descriptor; None where it can not help."""
     return BusyPoll(fd) if fd is not None and len(os.sched_getaffinity(0)) > 1 else None

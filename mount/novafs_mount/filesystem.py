@@ -33,6 +33,7 @@ from pyfuse3 import FUSEError
 
 from novafs.catalogtree import Entry, Kind
 from novafs.errors import ExistsError, NotFoundError, ReadOnlyError, StaleError
+from novafs_mount.attributes import IMAGE_MODE_DROPPED
 from novafs_mount.core import CLOSE_TIMEOUT_S, NAME_MAX, Handle, decoded
 from novafs_mount.directories import DirectoryHandlers
 from novafs_mount.errnos import answered, fuse_error
@@ -93,6 +94,8 @@ class NovaOperations(DirectoryHandlers, XattrHandlers):
         changes: dict[str, int] = {}
         if fields.update_mode:
             changes["mode"] = stat.S_IMODE(attr.st_mode)
+            if node.entry.kind is not Kind.DIRECTORY:
+                changes["mode"] &= ~IMAGE_MODE_DROPPED
         if fields.update_uid:
             changes["uid"] = attr.st_uid
         if fields.update_gid:
@@ -293,7 +296,8 @@ class NovaOperations(DirectoryHandlers, XattrHandlers):
         entry = await self._refresh(parent)
         gid = entry.gid if entry.mode & stat.S_ISGID else ctx.gid
         self._catalog.check_writable(entry.node_id)
-        return await self._volume.create(entry.node_id, decoded(name), mode=stat.S_IMODE(mode), uid=ctx.uid, gid=gid)
+        bits = stat.S_IMODE(mode) & ~IMAGE_MODE_DROPPED
+        return await self._volume.create(entry.node_id, decoded(name), mode=bits, uid=ctx.uid, gid=gid)
 
     @answered
     async def mknod(self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:

@@ -47,10 +47,11 @@ from novafs.reload import Reloaded, Reloader
 from novafs.statedir import CONTROL_SOCKET
 from novafs.volume import Volume, open_volume
 from novafs_mount import host, mountpoint
-from novafs_mount.busypoll import busy_poll
+from novafs_mount.busypoll import busy_poll, fuse_descriptor
 from novafs_mount.errnos import told
 from novafs_mount.filesystem import NovaOperations
 from novafs_mount.invalidate import Invalidator
+from novafs_mount.killpriv import handshake
 from novafs_mount.mountpoint import Unmounted
 from novafs_mount.sdnotify import Notifier
 from novafs_mount.supervision import Reporter, answers, keep_opening, watch
@@ -242,11 +243,16 @@ class _Daemon:
 
     async def _fuse(self) -> None:
         """Serve requests until the connection ends."""
-        spin = busy_poll()
+        fd = fuse_descriptor()
+        spin = busy_poll(fd)
         if spin is not None:
             trio.lowlevel.add_instrument(spin)
         try:
-            await pyfuse3.main(min_tasks=4, max_tasks=TASKS_MAX)
+            async with trio.open_nursery() as nursery:
+                shaking = handshake(fd)
+                if shaking is not None:
+                    nursery.start_soon(shaking.run)
+                await pyfuse3.main(min_tasks=4, max_tasks=TASKS_MAX)
         except BaseExceptionGroup as group:
             failed = group.subgroup(lambda error: not isinstance(error, trio.Cancelled))
             if failed is None:

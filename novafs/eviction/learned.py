@@ -2,8 +2,8 @@
 
 Parts: a book of features (`features`), a model of distances learned online from it (`learner`), shadow caches of the experts and of
 the model for a sample of the keys (`shadow`). LRU is in charge until there is a model (where time is limited: one that has learned for a
-while), then the model, until the shadows show that it is worse than LRU or that somebody is better; who takes over learns what the tier holds, a slice for each call: nothing is dropped for a
-change of mind.
+while), then the model, until the shadows show that it is worse than LRU or that somebody is better; who takes over learns what the tier
+holds, a slice for each call: nothing is dropped for a change of mind.
 
 Always holds: what it names as victims is what it was told of and has not named; with no forest, a forest that does not load, or with
 its share of the processor used up it is LRU. That prefetched chunks do not push out what was read is the tier's affair

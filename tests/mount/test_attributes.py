@@ -225,3 +225,28 @@ def test_the_mount_table_shows_type_and_source(mounted: Mount) -> None:
     (found,) = json.loads(out)["filesystems"]
     assert found["fstype"] == "fuse.novafs"
     assert found["source"] == mounted.url
+
+
+def test_images_have_no_bits_that_a_write_would_have_to_clear(mounted: Mount) -> None:
+    path = mounted.path / "a.raw"
+    fd = os.open(path, os.O_CREAT | os.O_RDWR, 0o6755)
+    try:
+        os.fchmod(fd, 0o6755)
+        assert stat.S_IMODE(os.fstat(fd).st_mode) == 0o755
+        path.chmod(0o1740)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o1740
+    finally:
+        os.close(fd)
+
+
+def test_the_kernel_does_not_ask_for_capabilities_before_each_write(tmp_path: Path) -> None:
+    with mounted(tmp_path, "-o", "debug") as mount:
+        fd = os.open(mount.path / "a.raw", os.O_CREAT | os.O_RDWR)
+        for number in range(20):
+            os.pwrite(fd, bytes(4096), 4096 * number)
+            os.fsync(fd)
+        os.close(fd)
+    asked = [line for line in mount.log if "opcode: GETXATTR" in line]
+    written = [line for line in mount.log if "opcode: WRITE " in line]
+    assert len(written) == 20
+    assert len(asked) <= 2

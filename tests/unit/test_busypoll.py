@@ -96,10 +96,8 @@ def test_where_trio_does_not_wait_nothing_is_done(pipe: tuple[int, int], clock: 
 
 
 def test_a_machine_with_one_processor_never_spins(monkeypatch: pytest.MonkeyPatch, pipe: tuple[int, int]) -> None:
-    monkeypatch.setattr(busypoll, "fuse_descriptor", lambda: pipe[0])
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
-    assert busypoll.busy_poll() is None
+    assert busypoll.busy_poll(pipe[0]) is None
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
-    assert busypoll.busy_poll() is not None
-    monkeypatch.setattr(busypoll, "fuse_descriptor", lambda: None)
-    assert busypoll.busy_poll() is None
+    assert busypoll.busy_poll(pipe[0]) is not None
+    assert busypoll.busy_poll(None) is None
