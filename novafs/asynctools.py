@@ -1,8 +1,8 @@
-"""Small things that trio leaves to its users: a nursery that raises one error, and group commit."""
+"""Small things that trio leaves to its users: a nursery that raises one error, work on many items, and group commit."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Generic, TypeVar
 
@@ -37,6 +37,19 @@ async def open_nursery() -> AsyncIterator[trio.Nursery]:
             if not isinstance(leaf, trio.Cancelled):
                 raise leaf from group
         raise
+
+
+async def for_each(items: Iterable[T], work: Callable[[T], Awaitable[None]], *, at_once: int) -> None:
+    """`work` of each item, `at_once` of them at a time: so many tasks, however many items there are. Raises the first error."""
+    left = iter(items)
+
+    async def worker() -> None:
+        for item in left:  # one iterator for all: whoever is free takes the next
+            await work(item)
+
+    async with open_nursery() as nursery:
+        for _ in range(at_once):
+            nursery.start_soon(worker)
 
 
 class GroupCommit(Generic[T]):

@@ -11,12 +11,15 @@ parent's entry names, so a newer head makes stale directories load again without
 from __future__ import annotations
 
 import builtins
+import itertools
+import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Final, NamedTuple
 
 import msgspec
+import trio
 
 from novafs import catalogtree as tree
 from novafs.asynctools import GroupCommit
@@ -48,6 +51,15 @@ REFRESH_S: Final = 1.0
 """How old a look at the head may be when a name is looked up (design 5.5: at most one second)."""
 
 
+TURN_S: Final = 4.0
+TURN_BESIDE_S: Final = 0.25
+OTHERS_S: Final = 30.0
+"""How long a host commits one state after the other before it lets others have a turn: less where one has committed in the last
+`OTHERS_S`."""
+MAKE_WAY: Final = 10
+MAKE_WAY_S_MAX: Final = 2.0
+"""It then waits for so many times as long as its last commit took, and at most so long: a host that lost has to look at the head, read it
+and what changed, and store pages, before it can try again, and would always be late."""
 MOVES_MAX: Final = 8
 """How often a node is looked for again in one call because other hosts have moved it."""
 
@@ -83,6 +95,12 @@ def catalog_chain(client: StoreClient, *, grace_s: float = GRACE_S_DEFAULT) -> C
 class _Page(NamedTuple):
     entries: list[Entry]
     row: PageRow
+    directories: frozenset[bytes]
+    """Node ids of those among the entries."""
+
+
+def _page(entries: list[Entry], row: PageRow) -> _Page:
+    return _Page(entries, row, frozenset(e.node_id for e in entries if e.kind is Kind.DIRECTORY))
 
 
 class _Directory:
@@ -115,6 +133,10 @@ class Catalog:
         # Where each node that was seen lies: (parent id, name). Checked at each use, since another host may move it.
         self._places: dict[bytes, tuple[bytes, str]] = {}
         self._commits: GroupCommit[_Request] = GroupCommit(self._commit)
+        # Of the commits that this host has made without a pause: when the first began and the last ended, and how long that one took.
+        self._turn_began_s = self._turn_ended_s = self._commit_s = 0.0
+        self._others_s = float("-inf")
+        """When another host's commit was seen last."""
 
     @property
     def revision(self) -> int:
@@ -137,6 +159,8 @@ class Catalog:
             return False  # a commit of our own was faster than this listing
         newer = head.record.counter > self.revision
         self._head = head
+        if newer:
+            self._others_s = boot_time_s()
         return newer
 
     # -- looking ------------------------------------------------------------------------------------------------
@@ -230,42 +254,72 @@ class Catalog:
         known = self._directories.get(node_id)
         if known is not None and (known.content is entry.content or known.content == entry.content):
             return known
-        loaded = await self._load(entry)
-        if known is not None:
-            for old in known.entries.values():
-                if self._places.get(old.node_id) == (node_id, old.name):
-                    del self._places[old.node_id]
-        self._directories[node_id] = loaded
-        for new in loaded.entries.values():
-            self._places[new.node_id] = (node_id, new.name)
+        if entry.content.index:
+            return await self._load_pages(entry, known)
+        data = entry.content.inline
+        if entry.content.page:
+            (data,) = await self._fetch([Reference.unpack(entry.content.page)])
+        entries = self._own(tree.decode_entries(data, self.path_of(entry) or "/"), node_id)
+        loaded = _Directory(entry.content, {e.name: e for e in entries}, {})
+        self._replace(node_id, known.entries.values() if known is not None else (), loaded, entries)
         return loaded
 
-    async def _load(self, entry: Entry) -> _Directory:
-        where, content = self.path_of(entry) or "/", entry.content
-        pages: dict[str, _Page] = {}
-        if content.index:
-            (blob,) = await self._fetch([Reference.unpack(content.index)])
-            rows = tree.decode_index(blob, where)
-            blobs = await self._fetch([Reference.unpack(row.reference) for row in rows])
-            lists = [self._own(tree.decode_entries(data, where), entry.node_id) for data in blobs]
-            pages = {row.first: _Page(part, row) for row, part in zip(rows, lists, strict=True)}
-            entries = [e for part in lists for e in part]
-        else:
-            data = content.inline
-            if content.page:
-                (data,) = await self._fetch([Reference.unpack(content.page)])
-            entries = self._own(tree.decode_entries(data, where), entry.node_id)
-        return _Directory(content, {e.name: e for e in entries}, pages)
+    async def _load_pages(self, entry: Entry, known: _Directory | None) -> _Directory:
+        """A directory of several pages. Those that it had when it was looked at last are not read again: a change costs its page."""
+        node_id, where = entry.node_id, self.path_of(entry) or "/"
+        (blob,) = await self._fetch([Reference.unpack(entry.content.index)])
+        rows = tree.decode_index(blob, where)
+        had = {page.row.reference: page for page in known.pages.values()} if known is not None else {}
+        wanted = [row for row in rows if row.reference not in had]
+        blobs = await self._fetch([Reference.unpack(row.reference) for row in wanted])
+        read = {row.reference: self._own(tree.decode_entries(data, where), node_id) for row, data in zip(wanted, blobs, strict=True)}
+        kept = [had[row.reference] for row in rows if row.reference in had]
+        if not self._above(node_id).isdisjoint(itertools.chain.from_iterable(page.directories for page in kept)):
+            raise self._within_itself(node_id)
+        pages = {row.first: had.get(row.reference) or _page(read[row.reference], row) for row in rows}
+        if known is None or not known.pages or self._directories.get(node_id) is not known:
+            # No pages were known, or another look was faster; then what was known does not say which places are.
+            entries = {e.name: e for page in pages.values() for e in page.entries}
+            loaded = _Directory(entry.content, entries, pages)
+            self._replace(node_id, known.entries.values() if known is not None else (), loaded, entries.values())
+            return loaded
+        stays = {page.row.reference for page in kept}
+        gone = [e for page in known.pages.values() if page.row.reference not in stays for e in page.entries]
+        new = [e for part in read.values() for e in part]
+        entries = dict(known.entries)
+        for old in gone:
+            entries.pop(old.name, None)
+        entries.update((e.name, e) for e in new)
+        loaded = _Directory(entry.content, entries, pages)
+        self._replace(node_id, gone, loaded, new)
+        return loaded
 
-    def _own(self, entries: builtins.list[Entry], parent_id: bytes) -> builtins.list[Entry]:
-        above, place = {ROOT_ID, parent_id}, self._places.get(parent_id)
+    def _replace(self, node_id: bytes, gone: Iterable[Entry], loaded: _Directory, new: Iterable[Entry]) -> None:
+        """Know a directory as it was loaded; gone, new: entries by which it differs from what was known. No checkpoint."""
+        for old in gone:
+            if self._places.get(old.node_id) == (node_id, old.name):
+                del self._places[old.node_id]
+        self._directories[node_id] = loaded
+        for entry in new:
+            self._places[entry.node_id] = (node_id, entry.name)
+
+    def _above(self, node_id: bytes) -> set[bytes]:
+        """A directory, and those that it lies in."""
+        above, place = {ROOT_ID, node_id}, self._places.get(node_id)
         while place is not None and place[0] not in above:
             above.add(place[0])
             place = self._places.get(place[0])
+        return above
+
+    def _within_itself(self, node_id: bytes) -> ObjectCorruptError:
+        return ObjectCorruptError(f"{self.path_of_id(node_id) or '/'}: holds a directory that it lies in; run 'novafs fsck'")
+
+    def _own(self, entries: builtins.list[Entry], parent_id: bytes) -> builtins.list[Entry]:
+        above = self._above(parent_id)
         for entry in entries:
             tree.check_entry(entry, self.path_of_id(parent_id) or "/")
             if entry.node_id in above:
-                raise ObjectCorruptError(f"{self.path_of_id(parent_id) or '/'}: holds a directory that it lies in; run 'novafs fsck'")
+                raise self._within_itself(parent_id)
         if parent_id == ROOT_ID:
             return entries
         return [msgspec.structs.replace(e, parent_id=parent_id) for e in entries]
@@ -284,8 +338,23 @@ class Catalog:
             raise request.error
         return request.result
 
+    async def _make_way(self) -> None:
+        """Wait for a moment where this host has committed all the time, so that others come to commit as well.
+
+        Who commits next needs one round trip after his last commit, and who lost several: without this one host that creates names in
+        a loop shuts all others out.
+        """
+        now_s, pause_s = boot_time_s(), min(MAKE_WAY_S_MAX, MAKE_WAY * self._commit_s)
+        if now_s - self._turn_ended_s > pause_s:
+            self._turn_began_s = now_s
+        elif now_s - self._turn_began_s > (TURN_BESIDE_S if now_s - self._others_s < OTHERS_S else TURN_S):
+            await trio.sleep(pause_s * (0.5 + random.random()))  # noqa: S311  # so that hosts do not move in step
+            self._turn_began_s = boot_time_s()
+
     async def _commit(self, requests: builtins.list[_Request]) -> None:
+        await self._make_way()
         while True:
+            began_s = boot_time_s()
             base = self._head
             changes = Changes(self)
             for request in requests:
@@ -296,7 +365,10 @@ class Catalog:
                 head = await self._store(base, changes)
             except ConflictError:
                 await self.refresh()
+                self._turn_began_s = boot_time_s()
                 continue
+            self._turn_ended_s = boot_time_s()
+            self._commit_s = self._turn_ended_s - began_s
             # A listing that ran beside the commit may have seen it first, or a newer one; then the nodes made here must be
             # known all the same. What `adopt` notes is checked at each use, so it can be noted whichever head is current.
             if head.record.counter > self.revision:
@@ -459,6 +531,8 @@ class Changes:
         self._loaded: dict[bytes, _Directory] = {}
         self._places: dict[bytes, tuple[bytes, str] | None] = {}
         self._undo: list[Callable[[], None]] = []
+        # Of each directory in `_entries` the names that were set or unset, and some that were not after all.
+        self._touched: dict[bytes, set[str]] = {}
         self._stored: dict[bytes, _Directory] = {}
 
     @property
@@ -529,6 +603,7 @@ class Changes:
                 entries[name] = before
 
         self._undo.append(undo)
+        self._touched.setdefault(parent_id, set()).add(name)
         if entry is None:
             del entries[name]
         else:
@@ -611,26 +686,27 @@ class Changes:
 
     async def _store_directory(self, node_id: bytes, writer: PackWriter, inline_max: int) -> _Directory:
         by_name = self._entries[node_id]
-        entries = [by_name[name] for name in sorted(by_name)]
         stored = _Directory(Content(), by_name, {})
         self._stored[node_id] = stored
-        if not entries:
+        if not by_name:
             return stored
         old = self._loaded.get(node_id)
-        bounds = tree.page_bounds(entries)
-        if len(bounds) == 1:
-            data = tree.encode_entries(entries)
+        parts = tree.cut_again([page.entries for page in old.pages.values()], by_name, self._touched[node_id]) if old is not None else None
+        if parts is None:
+            entries = [by_name[name] for name in sorted(by_name)]
+            parts = [entries[start:end] for start, end in tree.page_bounds(entries)]
+        if len(parts) == 1:
+            data = tree.encode_entries(parts[0])
             if len(data) <= inline_max:
                 stored.content = Content(inline=data)
             else:
                 stored.content = Content(page=(await writer.put_blob(data)).pack())
             return stored
-        for start, end in bounds:
-            part = entries[start:end]
+        for part in parts:
             known = old.pages.get(part[0].name) if old is not None else None
-            if known is None or len(known.entries) != len(part) or any(a is not b for a, b in zip(known.entries, part, strict=True)):
+            if known is None or not _same(known.entries, part):
                 reference = await writer.put_blob(tree.encode_entries(part))
-                known = _Page(part, PageRow(part[0].name, len(part), reference.pack()))
+                known = _page(part, PageRow(part[0].name, len(part), reference.pack()))
             stored.pages[part[0].name] = known
         blob = await writer.put_blob(tree.encode_index([page.row for page in stored.pages.values()]))
         stored.content = Content(index=blob.pack())
@@ -645,3 +721,7 @@ class Changes:
                 self._catalog._directories.pop(node_id, None)
             else:
                 self._catalog._places[node_id] = place
+
+
+def _same(before: list[Entry], now: list[Entry]) -> bool:
+    return before is now or (len(before) == len(now) and all(a is b for a, b in zip(before, now, strict=True)))

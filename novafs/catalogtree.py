@@ -14,8 +14,10 @@ depends on the entries of the page alone, so all hosts cut alike and a change mo
 
 from __future__ import annotations
 
+import bisect
 import enum
-from collections.abc import Sequence
+import itertools
+from collections.abc import Collection, Mapping, Sequence
 from typing import Final
 
 import msgspec
@@ -202,3 +204,35 @@ def page_bounds(entries: Sequence[Entry]) -> list[tuple[int, int]]:
     if start < len(entries):
         bounds.append((start, len(entries)))
     return bounds
+
+
+def cut_again(pages: Sequence[list[Entry]], by_name: Mapping[str, Entry], touched: Collection[str]) -> list[list[Entry]] | None:
+    """The pages of a directory, as `page_bounds` would cut all of it anew, from its `pages` before names were `touched`, looking at
+    no more than what lies around those; pages that stay are the same lists. None where there were no pages, or none that are in order.
+
+    A page begins where a hash of the name says so, or where the one before it is full. So pages can be cut anew from any of the first
+    kind up to the next without a look at the others, as long as the name that it begins with stays.
+    """
+    if not pages or not all(pages) or any(a[-1].name >= b[0].name for a, b in itertools.pairwise(pages)):
+        return None
+    starts = [0, *(number for number in range(1, len(pages)) if cuts_here(pages[number][0].name))]
+    firsts = [pages[number][0].name for number in starts]
+    again: dict[int, list[str]] = {}
+    for name in touched:
+        run = max(0, bisect.bisect_right(firsts, name) - 1)
+        again.setdefault(run, []).append(name)
+        if run and name == firsts[run] and name not in by_name:
+            again.setdefault(run - 1, [])
+    made: list[list[Entry]] = []
+    waiting: list[Entry] = []
+    for run, start in enumerate(starts):
+        part = pages[start : starts[run + 1] if run + 1 < len(starts) else len(pages)]
+        if run in again:
+            names = {e.name for page in part for e in page}.union(again[run])
+            waiting += [by_name[name] for name in sorted(names) if name in by_name]
+        if run not in again or run + 1 not in again:
+            made += [waiting[first:last] for first, last in page_bounds(waiting)]
+            waiting = []
+        if run not in again:
+            made += part
+    return made

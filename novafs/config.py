@@ -109,6 +109,14 @@ class LogConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class KernelConfig:
+    """What the kernel is told of a mount where this process may: `novafs_mount.host`."""
+
+    read_ahead_bytes: int
+    background_max: int
+
+
+@dataclass(frozen=True, slots=True)
 class LearningConfig:
     """What all models share. rate: a multiple; 0: nothing is learned."""
 
@@ -165,6 +173,7 @@ class Config:
     gc: GcConfig
     prefetch: PrefetchConfig
     learning: LearningConfig
+    kernel: KernelConfig
     config_file: Path | None = None
     origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
@@ -444,6 +453,7 @@ def _build(values: Mapping[str, Any], **rest: Any) -> Config:
         gc=GcConfig(**parts["gc"]),
         prefetch=PrefetchConfig(**parts["prefetch"]),
         learning=LearningConfig(**parts["learning"]),
+        kernel=KernelConfig(**parts["kernel"]),
         **rest,
     )
 

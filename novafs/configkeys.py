@@ -652,6 +652,18 @@ KEYS: Final = (
         "How soon a change of the workload shows, against how much one odd hour does.",
     ),
     Key(
+        "kernel.read_ahead", "kernel.read_ahead_bytes", Size(minimum=0, maximum=1 << 30), "1MiB",
+        "How far the kernel reads ahead of one that reads a file of the mount in order through the page cache. Set where that is allowed "
+        "(root), else the kernel's own 128 KiB stay.",
+        "How many requests buffered readers (`cp`, `qemu-img convert`) need. O_DIRECT and random reads are as they are.", live=True,
+    ),
+    Key(
+        "kernel.background_max", "kernel.background_max", Integer(1, 65535), "128",
+        "Requests that the kernel sends at a time for read-ahead and for asynchronous O_DIRECT reads, of all files of the mount together; "
+        "its notion of congestion is three quarters of it. Set where that is allowed (root), else the kernel's own 12 stay.",
+        "How deep the queues of all guests on a mount may be in all.", live=True,
+    ),
+    Key(
         "gc.grace", "gc.grace_s", Duration(minimum=0.1, maximum=366 * 86400), "24h",
         "How long what nothing names any more is kept: superseded generations and catalogs, and packs between being condemned and "
         "being deleted. The same on all hosts of a volume; writers are safe beside a collection with any value from 10 minutes up.",

@@ -38,6 +38,10 @@ log = logging.getLogger(__name__)
 
 CHUNKS_MAX: Final = 16_000_000
 VERIFIED_S: Final = 3600.0
+FILL_LISTED_MAX: Final = 100_000
+"""Packs that one `fill` lists: a hundred requests, and about what an index has room for."""
+FILL_LISTED_OFTEN: Final = 2000
+FILL_PAUSE: Final = 20
 VERIFIED_PACKS_MAX: Final = 512
 VERIFIED_ROWS_MAX: Final = 1 << 18
 """Of all footers that are remembered, 270 bytes each."""
@@ -45,6 +49,8 @@ FOOTERS_IN_FLIGHT: Final = 16
 
 _PLACE: Final = struct.Struct("<16sIIB")
 _CHECK: Final = struct.Struct("<I")
+_ROW_BYTES: Final = 61
+"""Of a row, at least: id and place, without what SQLite adds."""
 _QUERY_MAX: Final = 500
 """Ids in one query: well below SQLite's limit on bound parameters."""
 
@@ -58,6 +64,10 @@ def _whole(references: Iterable[Reference]) -> list[Reference]:
     return [reference for reference in references if reference.codec != Codec.HDE]
 
 
+def _count(connection: sqlite3.Connection) -> int:
+    return int(connection.execute("SELECT count(*) FROM chunk").fetchone()[0])
+
+
 class DedupIndex:
     """The SQLite file. Blocking and thread-safe; safe beside other processes with the same state directory."""
 
@@ -65,15 +75,16 @@ class DedupIndex:
         self._path = path
         self._chunks_max = chunks_max
         self._lock = threading.Lock()
-        self._inserted = 0
+        # At least as many rows as there are: counting them reads the whole file, which may be a gigabyte.
+        self._rows_max = 0
         self._evict_at = 0
         self._connection = self._open()
 
-    def _open(self) -> sqlite3.Connection:
+    def _open(self, *, whole: bool = False) -> sqlite3.Connection:
         """The index; an empty one in its place where it is damaged, one in memory where the disk is full or it is locked."""
         try:
             try:
-                return self._connect(self._path)
+                return self._connect(self._path, whole=whole)
             except sqlite3.OperationalError:
                 raise
             except sqlite3.DatabaseError as error:
@@ -85,7 +96,8 @@ class DedupIndex:
             log.warning("dedup index %s can not be used (%s): one in memory serves until the next start", self._path, error)
             return self._connect(":memory:")
 
-    def _connect(self, path: Path | str) -> sqlite3.Connection:
+    def _connect(self, path: Path | str, *, whole: bool = False) -> sqlite3.Connection:
+        """whole: read all of it, to see whether it can be."""
         connection = sqlite3.connect(path, timeout=30, check_same_thread=False, isolation_level=None)
         try:
             # The index can be rebuilt, so it never waits for the disk.
@@ -93,7 +105,11 @@ class DedupIndex:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("CREATE TABLE IF NOT EXISTS chunk (id BLOB PRIMARY KEY, place BLOB NOT NULL) WITHOUT ROWID")
             connection.execute("CREATE TABLE IF NOT EXISTS pack (id BLOB PRIMARY KEY) WITHOUT ROWID")
-            self._inserted = connection.execute("SELECT count(*) FROM chunk").fetchone()[0]
+            if whole:
+                self._rows_max = _count(connection)
+            else:
+                (pages,), (page_bytes,) = (connection.execute(f"PRAGMA page_{what}").fetchone() for what in ("count", "size"))
+                self._rows_max = pages * page_bytes // _ROW_BYTES
         except BaseException:
             connection.close()
             raise
@@ -109,7 +125,7 @@ class DedupIndex:
                 log.warning("dedup index %s: %s", self._path, error)
             except sqlite3.DatabaseError:
                 self._connection.close()
-                self._connection = self._open()
+                self._connection = self._open(whole=True)
 
     def lookup(self, chunk_ids: Sequence[bytes]) -> dict[bytes, Reference]:
         """Where those that are known were stored last."""
@@ -136,9 +152,28 @@ class DedupIndex:
                 self._connection.executemany("INSERT OR IGNORE INTO pack VALUES (?)", [(p,) for p in packs])
             finally:
                 self._connection.execute("COMMIT")
-            self._inserted += len(rows)
-            while self._inserted > self._chunks_max:
-                self._evict()
+            self._rows_max += len(rows)
+            if not self._fits():
+                while self._rows_max > self._room:
+                    self._evict()
+
+    @property
+    def _room(self) -> int:
+        """A sixteenth less than may be in it, so that there is some when it was full."""
+        return self._chunks_max - self._chunks_max // 16
+
+    def _fits(self) -> bool:
+        """Whether no row has to leave. Counts where that is not certain."""
+        if self._rows_max > self._chunks_max:
+            self._rows_max = _count(self._connection)
+        return self._rows_max <= self._chunks_max
+
+    def has_room(self) -> bool:
+        """Whether more can be noted, of what others have stored, without another row's leaving for it."""
+        room = False
+        with self._guard():
+            room = self._fits() and self._rows_max <= self._room
+        return room  # noqa: RET504  # `_guard` passes over what goes wrong
 
     def _evict(self) -> None:
         # Ids are uniform, so a sixteenth of the key space is a sixteenth of the rows; the next time takes the next one.
@@ -146,7 +181,7 @@ class DedupIndex:
         self._connection.execute("DELETE FROM chunk WHERE id >= ? AND id <= ?", (low, high))
         self._connection.execute("DELETE FROM pack")
         self._evict_at = (self._evict_at + 16) % 256
-        self._inserted = self._connection.execute("SELECT count(*) FROM chunk").fetchone()[0]
+        self._rows_max = _count(self._connection)
 
     def forget(self, chunk_ids: Iterable[bytes], pack_id: bytes | None = None) -> None:
         """Drop rows that turned out stale, and the note that a pack's footer is known."""
@@ -163,10 +198,10 @@ class DedupIndex:
         return [p for p in pack_ids if p not in known]
 
     def __len__(self) -> int:
-        found = [(0,)]
+        found = 0
         with self._guard():
-            found = self._connection.execute("SELECT count(*) FROM chunk").fetchall()
-        return int(found[0][0])
+            found = _count(self._connection)
+        return found  # noqa: RET504  # `_guard` passes over what goes wrong
 
     def close(self) -> None:
         """Close the file."""
@@ -192,6 +227,10 @@ class Deduplicator:
         # pack id -> (boot time of the check, rows of its footer); most recently used last
         self._verified: OrderedDict[bytes, tuple[float, dict[bytes, Reference]]] = OrderedDict()
         self._verified_rows = 0
+        self._filled_to = ""
+        """The name after which `fill` goes on."""
+        self._fill_again_s = 0.0
+        """Boot time before which it does not look again."""
 
     async def find(self, chunk_ids: Sequence[bytes]) -> dict[bytes, Reference]:
         """References, each checked, for those of the chunks that are stored and may be referred to."""
@@ -304,16 +343,32 @@ class Deduplicator:
         self.note_verified(pack_id, references, at_s)
         await trio.to_thread.run_sync(self.index.record, references, [pack_id], limiter=self._limiter)
 
-    async def fill(self, *, packs_max: int = 10_000) -> int:
+    async def fill(self, *, packs_max: int = 10_000, listed_max: int = FILL_LISTED_MAX) -> int:
         """Read footers of packs that the index does not know, at most `packs_max` of them; how many were read.
 
-        One listing and one or two range requests a pack. An import calls it first, so that it finds what other
-        hosts stored; a lost index comes back by it.
+        An import calls it first, so that it finds what other hosts stored; a lost index comes back by it. It costs a listing of at most
+        `listed_max` packs and one or two range requests for each new one, whatever the volume holds: the next call goes on where this
+        one ended. Nothing is listed while the index is full, nor, where it takes more than a request or two, again before 20 times as
+        long has passed as it took.
         """
-        infos = await self._client.list(pack.PREFIX)
-        sizes = {pack_id: info.size for info in infos if (pack_id := pack.pack_id_of(info.name)) is not None}
-        unknown = await trio.to_thread.run_sync(self.index.unknown_packs, list(sizes), limiter=self._limiter)
-        unknown = unknown[:packs_max]
+        if boot_time_s() < self._fill_again_s or not await trio.to_thread.run_sync(self.index.has_room, limiter=self._limiter):
+            return 0
+        began_s = boot_time_s()
+        infos = await self._client.list(pack.PREFIX, after=self._filled_to, limit=listed_max)
+        at_end = len(infos) < listed_max
+        if at_end and self._filled_to:
+            infos += await self._client.list(pack.PREFIX, limit=listed_max - len(infos))
+            at_end = len(infos) < listed_max
+        now_s = boot_time_s()
+        self._fill_again_s = now_s + FILL_PAUSE * (now_s - began_s) if len(infos) > FILL_LISTED_OFTEN else 0.0
+        names = {pack_id: info.name for info in infos if (pack_id := pack.pack_id_of(info.name)) is not None}
+        unknown = await trio.to_thread.run_sync(self.index.unknown_packs, list(names), limiter=self._limiter)
+        if len(unknown) > packs_max:
+            unknown = unknown[:packs_max]
+            self._filled_to = names[unknown[-1]]
+            self._fill_again_s = 0.0
+        else:
+            self._filled_to = "" if at_end else infos[-1].name
         for start in range(0, len(unknown), FOOTERS_IN_FLIGHT):
             part = unknown[start : start + FOOTERS_IN_FLIGHT]
             rows = await self._footers(part)

@@ -39,7 +39,7 @@ _PWRITE: Final = 1
 _FLAG_RESFD: Final = 1
 
 
-class _Iocb(ctypes.Structure):
+class Iocb(ctypes.Structure):
     """struct iocb, linux/aio_abi.h."""
 
     _fields_ = (
@@ -58,7 +58,7 @@ class _Iocb(ctypes.Structure):
     )
 
 
-class _Event(ctypes.Structure):
+class IoEvent(ctypes.Structure):
     """struct io_event."""
 
     _fields_ = (("data", ctypes.c_uint64), ("iocb", ctypes.c_uint64), ("result", ctypes.c_int64), ("result2", ctypes.c_int64))
@@ -68,32 +68,48 @@ class _Timespec(ctypes.Structure):
     _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
 
 
+_LIBC: Final[Any] = ctypes.CDLL(None, use_errno=True)
+_LIBC.syscall.restype = ctypes.c_long
+_syscall: Final[Any] = _LIBC.syscall
+
+
+def aio_calls() -> tuple[int, int, int, int]:
+    """Numbers of io_setup, io_destroy, io_submit, io_getevents, for `native_call`. Raises OSError for a machine whose are not known."""
+    numbers = _CALLS.get(platform.machine())
+    if numbers is None:
+        raise OSError(errno.ENOSYS, f"no native AIO known for {platform.machine()}")
+    return numbers
+
+
+def native_call(number: int, *arguments: Any) -> int:
+    """syscall(2). Raises OSError."""
+    result: int = _syscall(ctypes.c_long(number), *arguments)
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return result
+
+
 class DirectWriter:
     """Writes of up to `bytes_max` bytes, one at a time, to files that `open` gave. On one thread alone."""
 
     def __init__(self, bytes_max: int) -> None:
         """Raises OSError where the kernel or the machine has no such calls, or gives no more of them (/proc/sys/fs/aio-max-nr)."""
-        numbers = _CALLS.get(platform.machine())
-        if numbers is None:
-            raise OSError(errno.ENOSYS, f"no native AIO known for {platform.machine()}")
-        self._setup, self._destroy, self._submit, self._getevents = numbers
-        self._libc: Any = ctypes.CDLL(None, use_errno=True)
-        self._syscall: Any = self._libc.syscall
-        self._syscall.restype = ctypes.c_long
+        self._setup, self._destroy, self._submit, self._getevents = aio_calls()
         context = ctypes.c_ulong(0)
-        self._call(self._setup, ctypes.c_uint(1), ctypes.byref(context))
+        native_call(self._setup, ctypes.c_uint(1), ctypes.byref(context))
         self._context = context
         self.bytes_max = -(-bytes_max // BLOCK_BYTES) * BLOCK_BYTES
         self._memory = mmap.mmap(-1, self.bytes_max)  # begins at a page
         self._eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._iocb = _Iocb(
+        self._iocb = Iocb(
             opcode=_PWRITE,
             buffer=ctypes.addressof(ctypes.c_char.from_buffer(self._memory)),
             flags=_FLAG_RESFD,
             result_fd=self._eventfd,
         )
         self._iocbs = (ctypes.c_void_p * 1)(ctypes.addressof(self._iocb))
-        self._events = (_Event * 1)()
+        self._events = (IoEvent * 1)()
         self._one = ctypes.c_long(1)
         self._began_s = 0.0
         self.busy = False
@@ -113,7 +129,7 @@ class DirectWriter:
     def _file_system(self, fd: int) -> int:
         """Its type, as of fstatfs(2): the first word of the structure, of which 32 bits count. 0 where it does not tell."""
         found = (ctypes.c_long * 64)()
-        return int(found[0]) & 0xFFFFFFFF if self._libc.fstatfs(fd, found) == 0 else 0
+        return int(found[0]) & 0xFFFFFFFF if _LIBC.fstatfs(fd, found) == 0 else 0
 
     # A KeyboardInterrupt between the call and the note of it would leave a write behind that nobody waits for.
     @trio.lowlevel.enable_ki_protection
@@ -130,7 +146,7 @@ class DirectWriter:
         self._memory[at:length] = bytes(length - at)
         self._iocb.fd, self._iocb.offset, self._iocb.length = fd, position, length
         self._began_s = perf_counter()
-        self._call(self._submit, self._context, self._one, self._iocbs)
+        native_call(self._submit, self._context, self._one, self._iocbs)
         self.seconds = perf_counter() - self._began_s
         self.busy = True
 
@@ -139,7 +155,7 @@ class DirectWriter:
         asked_s = perf_counter()
         timeout = _Timespec(int(timeout_s), int(timeout_s % 1 * 1e9))
         try:
-            ended = self._call(self._getevents, self._context, self._one, self._one, self._events, ctypes.byref(timeout)) == 1
+            ended = native_call(self._getevents, self._context, self._one, self._one, self._events, ctypes.byref(timeout)) == 1
         except InterruptedError:  # by a signal; Python's handlers run once this returns
             ended = False
         self.seconds += perf_counter() - asked_s
@@ -166,13 +182,6 @@ class DirectWriter:
         """Give everything back; whether the last write has ended. One that has not keeps what it needs: then nothing is given back."""
         if self.busy and not self.ended_within(CLOSE_PATIENCE_S):
             return False
-        self._call(self._destroy, self._context)
+        native_call(self._destroy, self._context)
         os.close(self._eventfd)
         return True
-
-    def _call(self, number: int, *arguments: Any) -> int:
-        result: int = self._syscall(ctypes.c_long(number), *arguments)
-        if result < 0:
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code))
-        return result

@@ -21,9 +21,8 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 import numpy.typing as npt
-import trio
 
-from novafs.asynctools import open_nursery
+from novafs.asynctools import for_each
 from novafs.chunk import PACK_ID_SIZE, REFERENCE_DTYPE, REFERENCE_SIZE, PackId, Reference
 from novafs.errors import ObjectCorruptError, ObjectNotFoundError
 from novafs.generation import HOST
@@ -112,6 +111,8 @@ class Forwards:
         # pack id -> (boot time before the look, chunk id -> place; None: no forward); oldest first
         self._known: OrderedDict[bytes, tuple[float, dict[bytes, Reference] | None]] = OrderedDict()
         self._rows = 0
+        self._moved: AbstractSet[bytes] = frozenset()
+        self._moved_sorted: npt.NDArray[np.bytes_] = np.empty(0, dtype="S16")
         self.lookups = 0
 
     async def relocate(self, references: Sequence[Reference], gone: AbstractSet[bytes]) -> dict[bytes, Reference]:
@@ -172,8 +173,9 @@ class Forwards:
         chunks are now; and the packs of those."""
         if not moved or not node:
             return node, set()
-        packs = pack_ids(np.frombuffer(node, dtype=REFERENCE_DTYPE))
-        wanted = np.flatnonzero(np.isin(packs, np.array(sorted(moved), dtype="S16")))
+        if moved is not self._moved:  # for as long as the list of them stays the same: a commit asks of every node it writes
+            self._moved, self._moved_sorted = moved, np.array(sorted(moved), dtype="S16")
+        wanted = np.flatnonzero(among(pack_ids(np.frombuffer(node, dtype=REFERENCE_DTYPE)), self._moved_sorted))
         if not len(wanted):
             return node, set()
         edited = bytearray(node)
@@ -198,6 +200,14 @@ def pack_ids(rows: Rows) -> npt.NDArray[np.bytes_]:
 def chunk_ids(rows: Rows) -> npt.NDArray[np.bytes_]:
     """The chunk id of each reference, likewise."""
     return np.ascontiguousarray(rows["id"]).view("S32").ravel()
+
+
+def among(names: npt.NDArray[np.bytes_], wanted: npt.NDArray[np.bytes_]) -> npt.NDArray[np.bool_]:
+    """Which of the names are among the `wanted` ones, which are sorted; `np.isin` would sort those each time."""
+    if not len(wanted):
+        return np.zeros(len(names), dtype=bool)
+    found: npt.NDArray[np.bool_] = wanted[np.minimum(np.searchsorted(wanted, names), len(wanted) - 1)] == names
+    return found
 
 
 class _Table:
@@ -245,27 +255,23 @@ class ForwardTable:
             found = forwarded_pack(info.name)
             if found is not None and counter_of(info.name) is not None:
                 table.objects.setdefault(found, []).append(info)
-        slots = trio.CapacityLimiter(LOADS_AT_ONCE)
 
-        async def read(pack_id: bytes, info: ObjectInfo) -> None:
-            async with slots:
-                read_s = boot_time_s()
-                try:
-                    record = await forward_chain(client, pack_id).read(counter_of(info.name) or 0)
-                except ObjectNotFoundError:
-                    return  # a superseded one that another collector has deleted
-                except ObjectCorruptError as error:
-                    table.problems.append((info.name, str(error)))
-                    return
+        async def read(wanted: tuple[bytes, ObjectInfo]) -> None:
+            pack_id, info = wanted
+            read_s = boot_time_s()
+            try:
+                record = await forward_chain(client, pack_id).read(counter_of(info.name) or 0)
+            except ObjectNotFoundError:
+                return  # a superseded one that another collector has deleted
+            except ObjectCorruptError as error:
+                table.problems.append((info.name, str(error)))
+                return
             rows = np.frombuffer(record.references, dtype=REFERENCE_DTYPE)
             table.targets.setdefault(pack_id, set()).update(bytes(p).ljust(PACK_ID_SIZE, b"\0") for p in np.unique(pack_ids(rows)))
             if info is table.objects[pack_id][0]:
                 table.heads[pack_id] = Head(record, read_s)
 
-        async with open_nursery() as nursery:
-            for pack_id, infos in table.objects.items():
-                for info in infos:
-                    nursery.start_soon(read, pack_id, info)
+        await for_each(((pack_id, info) for pack_id, infos in table.objects.items() for info in infos), read, at_once=LOADS_AT_ONCE)
         return table
 
     def collapse(self, existing: Container[bytes]) -> None:
@@ -315,7 +321,7 @@ class ForwardTable:
         if not len(self._packs) or not len(rows):
             return rows
         packs = pack_ids(rows)
-        mine = np.flatnonzero(np.isin(packs, self._packs))
+        mine = np.flatnonzero(among(packs, self._packs))
         if not len(mine):
             return rows
         resolved = rows.copy()

@@ -171,7 +171,7 @@ class _Examination:
         """Everything that is retained, and every footer."""
         await self._volume.catalog.refresh()
         self.found = await walk(self._volume, grace_s=self._volume.grace_s, progress=self._progress)
-        await self.found.packs.load_footers()
+        await self.found.packs.load_footers(self._progress)
 
     async def look(self, scrubbed: ScrubResult | None) -> None:
         """Say what is wrong."""

@@ -64,6 +64,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DELETE_BATCH: Final = 500
+EXPIRE_BATCH: Final = 1000
+"""Names that one commit of the catalog takes away."""
 COMPACT_PACKS_MAX: Final = 4096
 """Packs that one run compacts at most: bounds its memory, and how long it takes."""
 
@@ -184,25 +186,14 @@ class _Collection:
         if self._report.dry_run:
             return list(paths.values())
         gone: list[str] = []
-        for entry in over:
+        for start in range(0, len(over), EXPIRE_BATCH):
 
-            async def operation(changes: Changes, node_id: bytes = entry.node_id) -> Entry | None:
-                try:
-                    current = await changes.get(node_id)
-                except NotFoundError:
-                    return None
-                if current.expires_s is None or current.expires_s > now_s:
-                    return None  # it was given more time meanwhile
-                await changes.entries(current.parent_id)
-                parent = await changes.get(current.parent_id)
-                changes.unset(current)
-                changes.touch(parent)
-                return current
+            async def operation(changes: Changes, part: Sequence[Entry] = over[start : start + EXPIRE_BATCH]) -> list[Entry]:
+                return await _remove_expired(changes, [entry.node_id for entry in part], now_s)
 
-            removed = await catalog.change(operation)
-            if removed is not None:
+            for removed in await catalog.change(operation):
                 self._volume._note_unlinked(removed)
-                gone.append(paths[entry.node_id])
+                gone.append(paths[removed.node_id])
         return gone
 
     # -- what the walk found ------------------------------------------------------------------------------------
@@ -423,6 +414,25 @@ class _Collection:
         report.condemned_bytes = sum(p.info.size for p in waiting)
         dead = sum(p.listed and not p.referenced for p in found.packs)
         report.packs_kept = dead - sum(not p.referenced for p in waiting) - sum(not p.referenced for p in self._claims)
+
+
+async def _remove_expired(changes: Changes, node_ids: Iterable[bytes], now_s: float) -> list[Entry]:
+    """Take the names of images away whose time is over still; what they were."""
+    found: list[Entry] = []
+    for node_id in node_ids:
+        try:
+            current = await changes.get(node_id)
+        except NotFoundError:
+            continue
+        if current.expires_s is not None and current.expires_s <= now_s:  # else it was given more time meanwhile
+            await changes.entries(current.parent_id)
+            found.append(current)
+    # Nothing was set before this: what an operation raises leaves no part of it.
+    for current in found:
+        changes.unset(current)
+    for parent_id in dict.fromkeys(current.parent_id for current in found):
+        changes.touch(await changes.get(parent_id))
+    return found
 
 
 def _superseded(infos: Sequence[ObjectInfo], cutoff_s: float) -> list[str]:

@@ -127,6 +127,7 @@ async def hand_off(volume: Volume, entry: Entry, target: str, *, timeout_s: floa
                 break
         else:
             raise BusyError(f"{image.name}: is written all the time, so it can not be given up; pause the machine first")
+        volume.follow_again()
     except NovaError as error:
         volume.tally.handoffs.given_failed += not isinstance(error, ConfigError)
         raise

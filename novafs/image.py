@@ -26,6 +26,7 @@ import numpy as np
 import trio
 
 from novafs import dirty
+from novafs.asynctools import open_nursery
 from novafs.cache.tiered import ChunkCache
 from novafs.chunk import HOLE_BYTES, ChunkIndex, Reference
 from novafs.delta import Base
@@ -52,6 +53,7 @@ from novafs.lease import Lease
 from novafs.packwriter import PacksLostError, PackWriter, UsedPacks
 from novafs.patch import extended, extents_of
 from novafs.revisions import Chain, ConflictError, Head, new_nonce
+from novafs.seen import Seen
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +88,10 @@ class Writeback(Protocol):
 
     def unsure_lease(self, image: Image) -> Lease | None:
         """The lease that a failed `acquire_lease` may have taken all the same; it is to be released."""
+        ...
+
+    async def is_followed(self, image: Image) -> bool:
+        """Whether another host has the image open for writing, as far as can be told."""
         ...
 
     async def release_lease(self, lease: Lease) -> None:
@@ -235,9 +241,8 @@ class Image(ImageReader):
     async def read(self, offset: int, length: int) -> bytes:
         """See `ImageReader.read`. Raises StaleError where the generation that is open here was collected: the image was removed,
         or written elsewhere, and this host did not renew its pin for `gc.grace`."""
-        if (follower := self.follower) is not None:
-            await follower.fresh()
-            follower.note_read(offset, length)
+        if self.follower is not None:
+            await self.follower.fresh()
         try:
             return await super().read(offset, length)
         except ObjectNotFoundError as error:
@@ -365,7 +370,8 @@ class Image(ImageReader):
                 self._leaving = self._writeback.unsure_lease(self)
                 raise
             try:
-                async with self._commit_lock:
+                async with self._commit_lock, open_nursery() as nursery:
+                    nursery.start_soon(self._look_for_followers, lease)
                     await self._fence(lease, replaying)
             except BaseException:
                 self._leaving = lease
@@ -380,8 +386,13 @@ class Image(ImageReader):
                 self.follower.stop()
                 self.follower = None
 
+    async def _look_for_followers(self, lease: Lease) -> None:
+        """Of a lease that was just taken: who looks at it later finds it taken."""
+        if await self._writeback.is_followed(self):
+            lease.note_followed()
+
     def unfollow(self, follower: Follower) -> None:
-        """The lease is free, and the newest generation is here."""
+        """It was removed, or can not be followed."""
         if self.follower is follower:
             self.follower = None
 
@@ -397,10 +408,11 @@ class Image(ImageReader):
                 lease.lost = True
                 raise StaleError(f"{self.name}: another host took the lease over before it was used here; close and reopen it")
             if head.record.counter != self.generation:
-                known = self._is_own_fence(head.record) or self._is_follower_fit()
+                known = self._is_own_fence(head.record) or self._is_followed()
                 if not known and not (replaying and head.record.journal_id == journal_id):
                     raise StaleError(f"{self.name}: another host wrote the image since it was opened; close and reopen it")
                 self._adopt(head)
+            await self._check_seen()
             sequence = head.record.sequence
             if journal is not None and not replaying:
                 # Whatever the journal still has of this image is in older generations, perhaps under another host's: never again.
@@ -421,9 +433,39 @@ class Image(ImageReader):
         same = (newer.size, newer.levels, newer.top, newer.patch) == (known.size, known.levels, known.top, known.patch)
         return journal is not None and newer.journal_id == journal.journal_id and same
 
-    def _is_follower_fit(self) -> bool:
-        """Whether handles may go on with a newer generation of another host: nothing that it may have changed was read here."""
-        return self.follower is not None and not self.follower.has_read
+    def _is_followed(self) -> bool:
+        """Whether handles may go on with a newer generation of another host, perhaps: `_check_seen` says so before the first write."""
+        if self.follower is None or self.follower.seen.everything:
+            return False
+        self.follower.moved = True
+        return True
+
+    async def _check_seen(self) -> None:
+        """Raise StaleError where another host has changed what was read here: nobody must write over what he has not seen."""
+        if not await self.settle_handles():
+            raise StaleError(f"{self.name}: another host changed what was read here since it was opened; close and reopen it")
+
+    async def settle_handles(self) -> bool:
+        """Find out whether the handles that are open may go on with the newer generation that was taken over, if any; else they must
+        not write, and who opens it from now on begins anew. Raises what reading raises."""
+        follower = self.follower
+        if follower is None or not follower.moved:
+            return True
+        follower.moved = False
+        try:
+            holds = await follower.seen.holds(super().read)
+        except BaseException:
+            follower.moved = True
+            raise
+        if not holds:
+            self._note_stale()
+        return holds
+
+    def _note_stale(self) -> None:
+        """No handle that is open now may write any more; what is opened from here on begins anew."""
+        self.incarnation += 1
+        if self.follower is not None:
+            self.follower.seen, self.follower.moved = Seen(), False
 
     async def replace_content(self, other: Generation) -> None:
         """Commit a generation with the content of `other`, an older one of this image; the lease is held, nothing is dirty.
@@ -538,6 +580,8 @@ class Image(ImageReader):
             await self._write_journal()
         else:
             await self.commit(brief=True)
+        if lease.settles_s is not None:
+            await lease.settled()
         lease.check()
 
     async def keep(self) -> None:
@@ -882,8 +926,8 @@ class Image(ImageReader):
                 raise StaleError(
                     f"{self.name}: another host wrote the image while data written here was not committed; close and reopen it"
                 )
-            if not self._is_own_fence(head.record) and not self._is_follower_fit():
-                self.incarnation += 1  # whoever has read the older one must not write over what he has not seen
+            if not self._is_own_fence(head.record) and not self._is_followed():
+                self._note_stale()
             self._adopt(head)
             return True
 

@@ -16,6 +16,7 @@ from time import perf_counter
 from typing import Final, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from novafs import dirty
 from novafs.cache.tiered import ChunkCache
@@ -24,7 +25,7 @@ from novafs.dirty import Layer, Overlay
 from novafs.errors import FrameCorruptError
 from novafs.follow import Follower
 from novafs.generation import Generation
-from novafs.imagemap import MapState
+from novafs.imagemap import Fetch, MapState
 from novafs.patch import layer_of
 from novafs.prefetch.base import place_of
 from novafs.revisions import Head
@@ -100,7 +101,7 @@ class ImageReader:
         self._told = -1
         """The chunk that the watcher was told of last."""
         self.follower: Follower | None = None
-        """Set while another host writes what is open for writing here: each read looks for a newer generation first."""
+        """Set while this is open for writing here without the right to write it: who has that is looked for before a read."""
         self.traffic = ImageTraffic()
         self._memory_reads = cache.latencies.of("l1", "get")
         self._layers: list[Layer] = [Layer()]
@@ -155,7 +156,7 @@ class ImageReader:
     def read_nowait(self, offset: int, length: int) -> bytes | None:
         """The bytes where dirty data and L1 hold them all, without a checkpoint; None where `read` is needed."""
         began_s = perf_counter()
-        if self.follower is not None:
+        if self.follower is not None and not self.follower.settled:
             return None
         length = min(length, self.size - offset)
         if length <= 0:
@@ -267,6 +268,10 @@ class ImageReader:
     def entry_nowait(self, index: int) -> bytes | None:
         """The committed map's 64-byte entry of a chunk, None where that part of the map is not loaded."""
         return self._state.entry_nowait(index)
+
+    def map_leaves(self, fetch: Fetch) -> AsyncGenerator[tuple[int, npt.NDArray[np.void]], None]:
+        """The committed map's leaves that are no holes, in order: first chunk, and references. Nodes come by `fetch`, and are not kept."""
+        return self._state.leaves(fetch)
 
     def loaded_leaves(self) -> list[int]:
         """Which leaves of the map are loaded: each is the entries of 256 chunks. Empty where the map has none of its own."""

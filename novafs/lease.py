@@ -30,6 +30,7 @@ import trio
 
 from novafs.errors import LeaseHeldError, LeaseLostError, NovaError, ObjectCorruptError, ObjectNotFoundError
 from novafs.generation import HOST
+from novafs.objectstore.base import ObjectInfo
 from novafs.objectstore.client import StoreClient
 from novafs.record import seal, unseal
 from novafs.revisions import GRACE_S_DEFAULT, Chain, ConflictError, Head, boot_time_s, new_nonce, revision_name, writers_grace_s
@@ -47,6 +48,9 @@ FIRST_POLL_S: Final = 0.05
 """A holder is often just about to give it back: looks come quickly at first."""
 WANT_RENEW_S: Final = 5.0
 WANT_TTL_S: Final = 20.0
+SETTLE_S: Final = 2.0
+"""After a lease was taken of an image that others have open for writing: until then they may go by their last look at it
+(`novafs.follow`), so no fsync returns before."""
 WITHDRAW_S: Final = 5.0
 CURIOUS: Final = ".hot"
 """Ends the name of a request for what is hot alone: of a host that has the image open for reading, as a live migration's target has."""
@@ -151,6 +155,8 @@ class Lease:
         """Set before a want is acknowledged: from then on fsyncs reach the store, so that none is missed in between."""
         self.asks = 0
         """Counts the listings that had a want of it: a heartbeat that goes by an older listing must not take its acknowledgement back."""
+        self.settles_s: float | None = None
+        """Boot time before which no fsync returns, where others had the image open for writing when this was taken."""
 
     @property
     def record(self) -> LeaseRecord:
@@ -166,6 +172,21 @@ class Lease:
     def wanted(self) -> bool:
         """Whether another host asked and was answered: every fsync must reach the store before it returns."""
         return self.asked or bool(self._head.record.acknowledged)
+
+    def note_followed(self) -> None:
+        """Others had asked for it before it was taken: they find out within `SETTLE_S`, and from then on read what is fsynced."""
+        self.asked = True
+        self.asks += 1
+        self.settles_s = self._clock_s() + SETTLE_S
+
+    async def settled(self) -> None:
+        """Wait until those know of it."""
+        while self.settles_s is not None:
+            left_s = self.settles_s - self._clock_s()
+            if left_s <= 0:
+                self.settles_s = None
+            else:
+                await trio.sleep(left_s)
 
     def check(self) -> None:
         """Raise LeaseLostError where nothing may be acknowledged under this lease now."""
@@ -333,8 +354,29 @@ class LeaseManager:
 
     async def holder(self, image_id: bytes) -> LeaseRecord | None:
         """The lease that another host holds, None where none does. Raises what the store raises."""
-        head = await lease_chain(self._client, image_id).head()
-        return head.record if head is not None and not head.record.released and head.record.journal_id != self.journal_id else None
+        head = await self.head(image_id)
+        return head.record if head is not None and self.is_others(head.record) else None
+
+    def is_others(self, record: LeaseRecord) -> bool:
+        """Whether another host holds it."""
+        return not record.released and record.journal_id != self.journal_id
+
+    async def head(self, image_id: bytes, known: Head[LeaseRecord] | None = None) -> Head[LeaseRecord] | None:
+        """The newest epoch of a lease: one request where that is still the `known` one, which must be a released one, since others are
+        rewritten. Raises what the store raises."""
+        return await lease_chain(self._client, image_id).head(known)
+
+    async def is_wanted(self, image_id: bytes) -> bool:
+        """Whether another host asks for a lease. One listing. Raises what the store raises."""
+        infos = await self._client.list(f"{WANTS_PREFIX}{image_id.hex()}/")
+        own, now_s = want_name(image_id, self.journal_id), self._clock_s()
+        return any(
+            info.name != own and not info.name.endswith(CURIOUS) and not self._is_old(self._wants_seen.get(info.name), info, now_s)
+            for info in infos
+        )
+
+    def _is_old(self, known: tuple[float, float] | None, info: ObjectInfo, now_s: float) -> bool:
+        return known is not None and known[0] == info.modified_s and now_s - known[1] > max(WANT_TTL_S, self.rules.ttl_s)
 
     def _expired(self, record: LeaseRecord, seen: tuple[int, bytes, float] | None, now_s: float) -> bool:
         same = seen is not None and seen[:2] == (record.counter, record.heartbeat)

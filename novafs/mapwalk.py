@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from novafs.chunk import PACK_ID_SIZE, REFERENCE_DTYPE, Reference
 from novafs.errors import CorruptionError, ObjectNotFoundError
-from novafs.forward import ForwardTable, Rows, chunk_ids, pack_ids
+from novafs.forward import ForwardTable, Rows, among, chunk_ids, pack_ids
 from novafs.generation import generation_chain
 from novafs.imagemap import FANOUT, NODE_BYTES, MapState
 from novafs.retention import ImageRoots, Retention
@@ -97,7 +97,12 @@ async def _ranges(volume: Volume, retention: Retention, state: MapState, bad: Ba
 def is_bad(rows: Rows, bad: BadFrames) -> npt.NDArray[np.bool_]:
     """Which of the references lead to one of the bad frames."""
     packs = pack_ids(rows)
-    wanted = np.isin(packs, np.array(sorted(bad), dtype="S16")) & (rows["length"] > 0)
+    used = rows["length"] > 0
+    if not used.any():
+        return used
+    # One look-up for each pack that they name, however many packs are bad.
+    named = [name for name in np.unique(packs[used]) if bytes(name).ljust(PACK_ID_SIZE, b"\0") in bad]
+    wanted = among(packs, np.array(named, dtype="S16")) & used
     for at in np.flatnonzero(wanted):
         wanted[at] = int(rows["offset"][at]) in bad[bytes(packs[at]).ljust(PACK_ID_SIZE, b"\0")]
     return wanted

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import trio
 
-from novafs import aside, control, handoff, snapshots, statedir, warming
+from novafs import aside, control, cooling, handoff, snapshots, statedir, warming
 from novafs.catalogtree import Entry, split_path
 from novafs.config import Config
 from novafs.errors import InvalidNameError
@@ -116,6 +116,7 @@ OPERATIONS: Final[Mapping[str, Operation]] = {
     "models_changed": _models_changed,
     "warm_plan": _warm_plan,
     "warm": _warm,
+    "cool": cooling.cool_by_name,
 }
 
 

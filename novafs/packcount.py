@@ -21,10 +21,9 @@ from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import trio
 
 from novafs import delta, pack
-from novafs.asynctools import open_nursery
+from novafs.asynctools import for_each
 from novafs.cache.packs import PackSource
 from novafs.chunk import PACK_ID_SIZE, PackId, Reference
 from novafs.codec import PLAIN_MAX, Codec
@@ -34,6 +33,7 @@ from novafs.objectstore.base import ObjectInfo
 from novafs.objectstore.client import StoreClient
 
 FOOTERS_AT_ONCE: Final = 16
+FOOTERS_BATCH: Final = 256
 BROKEN_MAX: Final = 100_000
 """References that lead nowhere and are remembered one by one; beyond, only their number is."""
 
@@ -239,23 +239,18 @@ class PackTable:
         wanted = [i for i in pack_ids if i not in self._missing and ((found := self.packs.get(i)) is None or _unread(found))]
         if not wanted:
             return
-        slots = trio.CapacityLimiter(FOOTERS_AT_ONCE)
-
-        async def load(pack_id: bytes) -> None:
-            async with slots:
-                await self._load_one(PackId(pack_id))
-
-        async with open_nursery() as nursery:
-            for pack_id in wanted:
-                nursery.start_soon(load, pack_id)
+        await for_each((PackId(pack_id) for pack_id in wanted), self._load_one, at_once=FOOTERS_AT_ONCE)
 
     async def _load_one(self, pack_id: PackId) -> None:
         found = self.packs.get(pack_id)
         try:
             if found is None:
                 # Uploaded since the listing, by a commit that was faster than the walk, or not there at all.
-                found = PackCount(pack_id, await self._client.head(pack.pack_name(pack_id)), listed=False)
-            found.load(await pack.read_whole_footer(pack_id, found.info.size, self._client.get))
+                info = await self._client.head(pack.pack_name(pack_id))
+                found = self.packs.get(pack_id) or PackCount(pack_id, info, listed=False)
+            footer = await pack.read_whole_footer(pack_id, found.info.size, self._client.get)
+            if not found.loaded:  # another look may have been faster, and its bits must stay
+                found.load(footer)
         except ObjectNotFoundError:
             self._missing.add(pack_id)
             self.packs.pop(pack_id, None)
@@ -295,9 +290,12 @@ class PackTable:
                     chains += delta.read_chain(payload)
         return rows_from(chains)
 
-    async def load_footers(self) -> None:
-        """Read every footer that no reference has made known yet: for `fsck`."""
-        await self._load([p.pack_id for p in self])
+    async def load_footers(self, progress: Callable[[str, int], None]) -> None:
+        """Read every footer that no reference has made known yet: for `fsck`. progress: told of "packs"."""
+        unread = [p.pack_id for p in self if _unread(p)]
+        for start in range(0, len(unread), FOOTERS_BATCH):
+            await self._load(unread[start : start + FOOTERS_BATCH])
+            progress("packs", start)
 
     def live_rows(self, found: PackCount, footer: bytes) -> list[pack.PackRow]:
         """The live frames of a pack, by the footer that was counted with, in the order of their places."""

@@ -154,6 +154,12 @@ class Prefetcher:
             with harmless():
                 self.engine.closed(number)
 
+    def unlearn(self, image: ImageReader) -> None:
+        """Take it for an image that was never read, and learn nothing for others from it from now on: for measurements."""
+        with harmless():
+            self._work_off()
+            self.engine.unlearn(image.watch_number)
+
     def read_last(self, image: ImageReader, most: int) -> list[int]:
         """The chunks of an image that were read last, as far as they are remembered: the last one first."""
         with harmless():

@@ -44,7 +44,8 @@ class Reloader:
 
     def __init__(self, config: Config, reread: Callable[[], Config], changed: Callable[[Config], None]) -> None:
         """reread: reads the configuration again from where it came, blocking. changed: is told what holds from now on."""
-        self._config = config
+        self.config = config
+        """What holds now."""
         self._reread = reread
         self._changed = changed
         self._lock = trio.Lock()
@@ -54,11 +55,11 @@ class Reloader:
         """Read again and apply. Raises ConfigError and StoreDeniedError (of credentials that were read again), with nothing changed."""
         async with self._lock:
             wanted = await trio.to_thread.run_sync(self._reread)
-            merged, outcome = merge(self._config, wanted)
+            merged, outcome = merge(self.config, wanted)
             if self.volume is not None:
                 await _renew(self.volume)
                 await apply(self.volume, merged)
-            self._config = merged
+            self.config = merged
             self._changed(merged)
             return outcome
 

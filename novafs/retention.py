@@ -31,7 +31,7 @@ import trio
 
 from novafs import catalogtree as tree
 from novafs import pack
-from novafs.asynctools import open_nursery
+from novafs.asynctools import for_each, open_nursery
 from novafs.catalog import PREFIX as CATALOG_PREFIX
 from novafs.catalog import CatalogRecord, catalog_chain
 from novafs.catalogtree import Content, Entry, Kind
@@ -63,6 +63,8 @@ LIST_PAGE: Final = 5000
 READS_AT_ONCE: Final = 16
 NODES_AT_ONCE: Final = 64
 MERGE_ROWS: Final = 1 << 16
+COUNT_ROWS: Final = 1 << 17
+"""References to chunks that are counted together: 9 MB of them, and four times that while they are sorted."""
 
 Progress = Callable[[str, int], None]
 """Called with a phase ("catalogs", "images", "nodes", "packs") and how many things of it are behind."""
@@ -168,15 +170,15 @@ class _Queue:
     def __init__(self) -> None:
         self._rows: list[Rows] = []
         self._weights: list[npt.NDArray[np.int64]] = []
-        self._pending = 0
+        self._pending = self._merged = 0
 
     def add(self, rows: Rows, weights: npt.NDArray[np.int64]) -> None:
         self._rows.append(rows)
         self._weights.append(weights)
         self._pending += len(rows)
-        if self._pending > MERGE_ROWS:
+        # As much again as there is: each row is sorted a few times in all, and not once for each 65,536 that follow.
+        if self._pending > max(MERGE_ROWS, self._merged):
             self._merge()
-            self._pending = 0
 
     def _merge(self) -> None:
         rows = np.concatenate(self._rows)
@@ -185,6 +187,7 @@ class _Queue:
         weights = np.zeros(len(first), dtype=np.int64)
         np.add.at(weights, inverse, np.concatenate(self._weights))
         self._rows, self._weights = [rows[first]], [weights]
+        self._pending, self._merged = 0, len(first)
 
     def drain(self) -> Iterator[tuple[Rows, npt.NDArray[np.int64]]]:
         """Batches of different nodes; nothing is added any more."""
@@ -206,6 +209,9 @@ class _Walker:
         self._found = retention
         self._progress = progress
         self._queues = [_Queue() for _ in range(LEVELS_MAX)]
+        self._chunks: list[tuple[Rows, npt.NDArray[np.int64]]] = []
+        self._waiting = 0
+        """Rows of those."""
         self._pages: set[bytes] = set()
         self._slots = trio.CapacityLimiter(READS_AT_ONCE)
         self._done = 0
@@ -296,54 +302,61 @@ class _Walker:
             return
         references = [content.page] if content.page else []
         if content.index:
-            blob = await self._blob(content.index, where, visible=visible)
+            (blob,) = await self._blobs([content.index], where, visible=visible)
             if blob is None:
                 return
             try:
                 references = [row.reference for row in tree.decode_index(blob, where)]
             except CorruptionError as error:
                 self._problem("directory", where, error)
-        for reference in references:
-            blob = await self._blob(reference, where, visible=visible)
-            if blob is not None:
-                try:
-                    yield tree.decode_entries(blob, where)
-                except CorruptionError as error:
-                    self._problem("directory", where, error)
+        for start in range(0, len(references), READS_AT_ONCE):
+            for blob in await self._blobs(references[start : start + READS_AT_ONCE], where, visible=visible):
+                if blob is not None:
+                    try:
+                        yield tree.decode_entries(blob, where)
+                    except CorruptionError as error:
+                        self._problem("directory", where, error)
 
-    async def _blob(self, reference: bytes, where: str, *, visible: bool) -> bytes | None:
-        """A page or an index, counted as live; None where it was seen before, or can not be read."""
-        if reference in self._pages and not visible:
-            return None
-        self._pages.add(reference)
-        rows = np.frombuffer(reference, dtype=REFERENCE_DTYPE)
+    async def _blobs(self, references: Sequence[bytes], where: str, *, visible: bool) -> list[bytes | None]:
+        """Pages, or an index, counted as live and read together; None where one was seen before, or can not be read."""
+        new = [reference for reference in references if visible or reference not in self._pages]
+        self._pages.update(new)
+        rows = np.frombuffer(b"".join(new), dtype=REFERENCE_DTYPE)
         await self._found.packs.add(rows)
-        try:
-            (blob,) = await self._volume.cache.fetch([_reference(self._found.forwards.resolve(rows), 0)])
-        except (CorruptionError, ObjectNotFoundError) as error:
-            self._problem("directory", where, f"{where}: a page of the directory can not be read: {error}")
-            return None
-        return blob
+        rows = self._found.forwards.resolve(rows)
+        places = {reference: _reference(rows, number) for number, reference in enumerate(new)}
+        blobs: dict[bytes, bytes | None] = {}
+
+        async def read(reference: bytes) -> None:
+            try:
+                (blobs[reference],) = await self._volume.cache.fetch([places[reference]])
+            except (CorruptionError, ObjectNotFoundError) as error:
+                self._problem("directory", where, f"{where}: a page of the directory can not be read: {error}")
+
+        await for_each(new, read, at_once=READS_AT_ONCE)
+        return [blobs.get(reference) for reference in references]
 
     # -- pins and leases ----------------------------------------------------------------------------------------
 
     async def pins(self) -> None:
         """What other processes have open."""
-        for info in await self._client.list(PINS_PREFIX):
-            if info.modified_s <= self._found.cutoff_s:
-                self._found.doomed.notes.append(info.name)
-                continue
+        infos = await self._client.list(PINS_PREFIX)
+        self._found.doomed.notes += [info.name for info in infos if info.modified_s <= self._found.cutoff_s]
+
+        async def read(info: ObjectInfo) -> None:
             try:
                 record = await read_pin(self._client, info.name)
             except ObjectNotFoundError:
-                continue  # closed since: what it had open was retained for a grace from then on anyway
+                return  # closed since: what it had open was retained for a grace from then on anyway
             except CorruptionError as error:
                 self._problem("pin", info.name, error)
-                continue
+                return
             for image_id, counter in record.generations:
                 root = self._root(image_id)
                 root.pinned = True
                 root.kept.add(counter)
+
+        await for_each((info for info in infos if info.modified_s > self._found.cutoff_s), read, at_once=READS_AT_ONCE)
 
     async def leases(self) -> None:
         """Images that no catalog names, and that somebody writes; old epochs, never the highest."""
@@ -463,10 +476,19 @@ class _Walker:
             await self._found.packs.add(rows)
             self._queues[level - 1].add(rows, weights)
         else:
-            await self._found.packs.add(rows, weights)
+            self._chunks.append((rows, weights))
+            self._waiting += len(rows)
+            if self._waiting >= COUNT_ROWS:
+                await self._count_chunks()
+
+    async def _count_chunks(self) -> None:
+        """Many at a time: what counting costs is looking at each pack that they name, more than the references themselves."""
+        if self._chunks:
+            waiting, self._chunks, self._waiting = self._chunks, [], 0
+            await self._found.packs.add(np.concatenate([rows for rows, _ in waiting]), np.concatenate([weights for _, weights in waiting]))
 
     async def nodes(self) -> None:
-        """All nodes of all maps, from the highest level down; each once."""
+        """All nodes of all maps, from the highest level down; each once. Then all references are counted."""
         for level in range(LEVELS_MAX - 1, -1, -1):
             for rows, weights in self._queues[level].drain():
                 plains = await self._read_nodes(rows)
@@ -476,13 +498,17 @@ class _Walker:
                 await self._feed(level, entries, np.repeat(weights[good], NODE_BYTES // REFERENCE_DTYPE.itemsize))
                 self._found.nodes += len(rows)
                 self._progress("nodes", self._found.nodes)
+        await self._count_chunks()
 
     async def _read_nodes(self, rows: Rows) -> list[bytes | None]:
         references = [_reference(rows, number) for number in range(len(rows))]
+        cache = self._volume.cache
+        passing = [reference.chunk_id for reference in references if not cache.present(reference.chunk_id)]
         try:
-            plains: list[bytes | None] = list(await self._volume.cache.fetch(references))
+            plains: list[bytes | None] = list(await cache.fetch(references))
         except (CorruptionError, ObjectNotFoundError):
             plains = [await self._read_node(reference) for reference in references]
+        cache.l1.drop_many(passing)  # read once: all maps of a volume are not to fill L1, or to drive out what guests read
         for reference, plain in zip(references, plains, strict=True):
             if plain is not None and len(plain) != NODE_BYTES:
                 self._bad_node(reference, f"{len(plain)} bytes, expected {NODE_BYTES}")

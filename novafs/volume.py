@@ -76,6 +76,7 @@ from novafs.prefetch.account import Settings
 from novafs.prefetcher import Prefetcher
 from novafs.recovery import recover
 from novafs.revisions import Chain, ConflictError, Head, boot_time_s, new_nonce
+from novafs.seen import Seen
 from novafs.superblock import Superblock, create_superblock, read_superblock
 from novafs.tally import Tally
 from novafs.writeback import COMMITS_MAX, WritebackController, WritebackRules
@@ -91,6 +92,8 @@ OPEN_UNDONE_S: Final = 60.0
 """For closing an image whose opening failed after all."""
 HINT_INTERVAL_S: Final = 1.0
 USAGE_AGE_S: Final = 30.0
+USAGE_PACKS_MAX: Final = 20_000
+"""Beyond so many, which take 20 requests, not every host lists them all: of a petabyte there are a hundred million."""
 HEADS_MAX: Final = 4096
 MAP_SHARE: Final = 8
 """Loaded map nodes may take one part in MAP_SHARE of L1's capacity."""
@@ -419,6 +422,8 @@ class Volume:
         self._images: dict[bytes, Image] = {}
         self._followers: dict[bytes, Follower] = {}
         """The last one of each image, until its request is taken back."""
+        self._writers: dict[bytes, Callable[[], None]] = {}
+        """Images that are open for writing, and what is called when another host has changed them (`follow`)."""
         self._let_go: set[bytes] = set()
         """Images whose lease is to be given back although readers have them open."""
         self._views: set[Image] = set()
@@ -493,6 +498,7 @@ class Volume:
         while True:
             await trio.sleep(HINT_INTERVAL_S)
             self._trim_maps()
+            self.follow_again()
             self.latencies.tick(trio.current_time())
             self.cache.l1.weigh()
             try:
@@ -674,6 +680,7 @@ class Volume:
         image = self._images.get(entry.node_id)
         if image is not None:
             self._unlinked.add(entry.node_id)
+            self._stop_following(image)
             image.note_unlinked()
 
     async def set_attributes(
@@ -799,7 +806,7 @@ class Volume:
             await self._forget_idle(image)
 
     async def open_to_write(self, node_id: bytes) -> tuple[Image, bool]:
-        """`open_image`, and whether another host holds the lease, so that the image is to be followed (`follow`)."""
+        """`open_image`, and whether another host holds the lease; to be followed (`follow`)."""
         known, leases = self._images.get(node_id), self.writeback.leases
         if leases is None or self.read_only or (known is not None and known.lease is not None):
             return await self.open_image(node_id), False
@@ -827,21 +834,38 @@ class Volume:
         if self.receiver is not None and image.lease is None and not image.read_only:
             self.writeback.start(partial(self.receiver.ask, image))
 
-    async def follow(self, image: Image, changed: Callable[[], None]) -> None:
-        """An image was opened for writing that another host writes: ask that for the lease, wait for its answer (at most
-        `lease.wait`), and look for what it has committed before each read, until `let_go`. See `novafs.follow`.
+    async def follow(self, image: Image, changed: Callable[[], None], *, held: bool) -> None:
+        """An image was opened for writing: from now on, and until `let_go`, look before reads for what other hosts commit, whenever its
+        lease is not this host's. See `novafs.follow`. held: another host has the lease, so wait for its answer (at most `lease.wait`).
 
         changed: called whenever the content has become another by that.
         """
-        leases = self.writeback.leases
-        if leases is None or image.lease is not None or image.node_id in self._unlinked:
+        if self.writeback.leases is None or image.read_only or image.node_id in self._unlinked:
             return
-        if image.follower is None:
-            after = self._followers.get(image.node_id)
-            follower = Follower(image, leases, changed=changed, read_before=image.handles > 1, after=after)
-            image.follower = self._followers[image.node_id] = follower
-            self.writeback.start(partial(self._run_follower, follower, image.node_id))
-        await image.follower.answered(self.config.lease.wait_s)
+        self._writers[image.node_id] = changed
+        if image.lease is None and image.follower is None:
+            # What handles that may only read have read does not matter: the kernel's pages are noted by `note_kept`.
+            self._start_follower(image, Seen(), held=held)
+        if held and image.follower is not None:
+            await image.follower.answered()
+        await image.settle_handles()
+
+    def may_keep(self, image: Image) -> bool:
+        """Whether a handle that is being opened for writing may read what the kernel has of before: nobody notes what it reads."""
+        if image.follower is not None:
+            if image.follower.moved:
+                return False
+            image.follower.seen.everything = True
+        return True
+
+    def _start_follower(self, image: Image, seen: Seen, *, held: bool = False) -> None:
+        leases, changed = self.writeback.leases, self._writers[image.node_id]
+        if leases is None:
+            return
+        after = self._followers.get(image.node_id)
+        follower = Follower(image, leases, changed=changed, seen=seen, after=after, held=held)
+        image.follower = self._followers[image.node_id] = follower
+        self.writeback.start(partial(self._run_follower, follower, image.node_id))
 
     async def _run_follower(self, follower: Follower, node_id: bytes) -> None:
         try:
@@ -849,8 +873,25 @@ class Volume:
         except Exception:  # a mistake here must not end the volume; each read still looks for a newer generation
             log.exception("following an image of another host: a mistake in NovaFS; please report it")
         finally:
+            if follower.failed:
+                self._writers.pop(node_id, None)
             if self._followers.get(node_id) is follower:
                 del self._followers[node_id]
+
+    def follow_again(self) -> None:
+        """Images that are open for writing here, and whose lease was given up or lost all the same: whatever was read of them is old."""
+        for node_id in list(self._writers):
+            image = self._images.get(node_id)
+            if image is None or node_id in self._unlinked:
+                del self._writers[node_id]
+            elif image.lease is None and not image.leaving and image.follower is None:
+                self._start_follower(image, Seen(everything=True))
+
+    def _stop_following(self, image: Image) -> None:
+        self._writers.pop(image.node_id, None)
+        if image.follower is not None:
+            image.follower.stop()
+            image.follower = None
 
     async def let_go(self, image: Image) -> None:
         """Nobody here has the image open for writing any more: commit, and give the lease back, although readers keep it open.
@@ -860,9 +901,7 @@ class Volume:
         """
         if image.node_id in self._unlinked or self._images.get(image.node_id) is not image:
             return
-        if image.follower is not None:
-            image.follower.stop()
-            image.follower = None
+        self._stop_following(image)
         if image.lease is None and not image.leaving:
             return
         self._let_go.add(image.node_id)
@@ -886,9 +925,8 @@ class Volume:
 
     async def _forget_idle(self, image: Image) -> None:
         """Give back the lease of an image that nobody has open and that is clean, and forget it."""
-        if not image.handles and image.follower is not None:
-            image.follower.stop()
-            image.follower = None
+        if not image.handles:
+            self._stop_following(image)
         unlinked = image.node_id in self._unlinked
         if image.handles or (image.dirty and not unlinked):
             return
@@ -916,10 +954,13 @@ class Volume:
     async def _forget_idle_images(self) -> None:
         """Images that were closed while the store was away, and are committed now."""
         for image in list(self._images.values()):
-            if not image.handles and not image.dirty:
-                await self._forget_idle(image)
-            elif image.node_id in self._let_go:
-                await self._release_let_go(image)
+            try:
+                if not image.handles and not image.dirty:
+                    await self._forget_idle(image)
+                elif image.node_id in self._let_go:
+                    await self._release_let_go(image)
+            except NovaError as error:  # of this one: the others are given back all the same
+                log.warning("%s: its lease is given back later: %s", image.name, error)
         self._let_go &= self._images.keys()
 
     async def open_snapshot(self, node_id: bytes, counter: int, *, name: str) -> Image:
@@ -1050,13 +1091,14 @@ class Volume:
 
     async def usage(self) -> VolumeUsage:
         """Capacity and use of the volume, from a listing of the packs: of the last USAGE_AGE_S, or 20 times as long as the listing
-        took where that is more. What was known last, while the store is away."""
+        took where that is more; where there are more than USAGE_PACKS_MAX packs, as the last collection left it. What was known last,
+        while the store is away."""
         async with self._usage_lock:
             began_s = trio.current_time()
             if self._usage is None or began_s >= self._usage[0]:
                 used = self._usage[1] if self._usage is not None else 0
                 try:
-                    used = sum(info.size for info in await self.client.list(pack.PREFIX))
+                    used = await self._used_bytes()
                 except RetryableError:
                     if self._usage is None:
                         raise
@@ -1067,6 +1109,16 @@ class Volume:
         free = math.inf if room.free_bytes is None else room.free_bytes
         capacity = int(min(self.config.l3.capacity_bytes, used + free))
         return VolumeUsage(max(capacity, used), used, len(self._images))
+
+    async def _used_bytes(self) -> int:
+        infos = await self.client.list(pack.PREFIX, limit=USAGE_PACKS_MAX)
+        if len(infos) < USAGE_PACKS_MAX:
+            return sum(info.size for info in infos)
+        await self.dedup.condemned.refresh()
+        summary = self.dedup.condemned.current.summary
+        if "stored_bytes" not in summary:
+            return sum(info.size for info in await self.client.list(pack.PREFIX))
+        return int(summary["stored_bytes"] - summary.get("freed_bytes", 0))
 
     def _traffic(self) -> ImageTraffic:
         found = ImageTraffic()

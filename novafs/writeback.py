@@ -199,6 +199,16 @@ class WritebackController:
         """The lease that a failed `acquire_lease` may have taken all the same; it is to be released."""
         return self.leases.take_unsure(image.node_id) if self.leases is not None else None
 
+    async def is_followed(self, image: Image) -> bool:
+        """Whether another host has an image open for writing, as far as can be told: where the store does not say, it is taken to."""
+        if self.leases is None:
+            return False
+        try:
+            return await self.leases.is_wanted(image.node_id)
+        except NovaError as error:
+            log.debug("%s: who asks for its lease can not be told: %s", image.name, error)
+            return True
+
     async def release_lease(self, lease: Lease) -> None:
         """Give it back. Raises what the store raises; the note stays then, and the next mount tries again."""
         await lease.release()
@@ -366,7 +376,10 @@ class WritebackController:
     async def _keep_leases(self, leases: LeaseManager) -> None:
         while True:
             await trio.sleep(leases.rules.ttl_s / 3)
-            await self.beat(leases)
+            try:
+                await self.beat(leases)
+            except Exception:  # a mistake here must not end the volume, nor the heartbeats
+                log.exception("heartbeats: a mistake in NovaFS; please report it")
 
     async def _watch_wants(self, leases: LeaseManager) -> None:
         """Answer who asks sooner than the next heartbeat would."""
@@ -377,14 +390,15 @@ class WritebackController:
                 continue
             try:
                 wanted = await leases.wants()
+                for image, lease in held:
+                    if image.lease is lease and (asking := wanted.get(image.node_id)):
+                        self._start_answer(image, lease, asking)
+                    if self.on_wanted is not None and (curious := leases.curious.get(image.node_id)):
+                        await self.on_wanted(image, curious)
             except NovaError as error:
                 log.debug("which hosts ask for leases can not be told: %s", error)
-                continue
-            for image, lease in held:
-                if image.lease is lease and (asking := wanted.get(image.node_id)):
-                    self._start_answer(image, lease, asking)
-                if self.on_wanted is not None and (curious := leases.curious.get(image.node_id)):
-                    await self.on_wanted(image, curious)
+            except Exception:  # a mistake here must not end the volume
+                log.exception("answering who asks for leases: a mistake in NovaFS; please report it")
 
     async def beat(self, leases: LeaseManager) -> None:
         """One heartbeat of every lease; who asked for one is answered by it, once what was fsynced is in the store."""
@@ -443,12 +457,18 @@ class WritebackController:
             await lease.heartbeat(acknowledge=acknowledge, asks=asks)
         except LeaseLostError as error:
             if image.lease is lease:
-                await image.lose_lease(error)
+                await self._lose(image, error)
         except NovaError as error:
             log.warning("%(image)s: no heartbeat of its lease: %(error)s", {"image": image.name, "error": error})
         else:
             return True
         return False
+
+    async def _lose(self, image: Image, error: LeaseLostError) -> None:
+        try:
+            await image.lose_lease(error)
+        except Exception:  # the heartbeats of the others are under way
+            log.exception("%s: %s, and keeping what was written under it failed; what was fsynced stays in the journal", image.name, error)
 
     def noted_leases(self) -> list[bytes]:
         """Images whose lease a process of this state directory held when it ended without giving it back. Blocking."""

@@ -57,11 +57,13 @@ class Listing:
     that has since been removed, or a mode that has since been changed, back into the kernel for a second.
     """
 
-    __slots__ = ("entries", "node", "started")
+    __slots__ = ("entries", "images", "node", "started")
 
     def __init__(self, node: Node) -> None:
         self.node = node
         self.entries: list[Entry] = []
+        self.images: list[Entry] = []
+        """Of the entries."""
         self.started = False
 
 

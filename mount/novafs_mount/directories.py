@@ -40,6 +40,8 @@ class DirectoryHandlers(Core):
         listing = self._listings[fh]
         if start_id == 0 or not listing.started:
             listing.entries = await self._catalog.list(listing.node.entry.node_id)
+            # Once, and not for each of the hundreds of calls that a large directory takes.
+            listing.images = [entry for entry in listing.entries if entry.kind is not Kind.DIRECTORY]
             listing.started = True
         known = await self._closed_figures(listing)
         directory = listing.node.entry
@@ -71,9 +73,8 @@ class DirectoryHandlers(Core):
 
     async def _closed_figures(self, listing: Listing) -> dict[bytes, Figures]:
         """Exact figures of a small directory's images, asked for together; nothing for a large one."""
-        images = [entry for entry in listing.entries if entry.kind is not Kind.DIRECTORY]
         found: dict[bytes, Figures] = {}
-        if len(images) > EXACT_LISTING_MAX:
+        if len(listing.images) > EXACT_LISTING_MAX:
             return found
 
         async def ask(entry: Entry) -> None:
@@ -84,7 +85,7 @@ class DirectoryHandlers(Core):
                 log.debug("listing %s: %s", entry.name, error)
 
         async with open_nursery() as nursery:
-            for entry in images:
+            for entry in listing.images:
                 nursery.start_soon(ask, entry)
         return found
 

@@ -171,21 +171,15 @@ class NovaOperations(DirectoryHandlers, XattrHandlers):
             await self._volume.close_image(image)
             raise StaleError(f"{self._path(node)}: the kernel takes it to have {size_told} bytes, it has {image.size}")
         node.retried.discard(ctx.pid)
-        if held:
-            self._opening.append(image)
-            try:
-                await self._volume.follow(image, partial(self._changed_elsewhere, node))
-            except BaseException:
-                with trio.move_on_after(CLOSE_TIMEOUT_S, shield=True):
-                    await self._volume.close_image(image)
-                raise
-            finally:
-                self._opening.remove(image)
+        if writable:
+            await self._follow(node, image, held=held)
             continuous = node.image is image and node.handles > 0
             same = same and continuous and image.generation == generation_before
-        # Of what another host writes none: a read that the kernel answers by itself would be noted by nobody (`Follower.note_read`).
+        # Of what another host writes none: a read that the kernel answers by itself would be noted by nobody.
         keep = not held and (same or (not continuous and image.generation == node.cached_generation))
         known = same or image.generation == node.generation_told
+        if writable and keep and not flags & os.O_DIRECT:
+            keep = self._volume.may_keep(image)
         node.cached_generation = image.generation
         fh = self._add_handle(node, image, flags)
         try:
@@ -196,10 +190,27 @@ class NovaOperations(DirectoryHandlers, XattrHandlers):
         except BaseException:
             del self._handles[fh]
             node.handles -= 1
-            with trio.move_on_after(CLOSE_TIMEOUT_S, shield=True):
-                await self._volume.close_image(image)
+            await self._undo_open(image)
             raise
         return pyfuse3.FileInfo(fh=fh, keep_cache=keep)
+
+    async def _follow(self, node: Node, image: Image, *, held: bool) -> None:
+        """See `Volume.follow`; closes the image after a failure."""
+        self._opening.append(image)
+        try:
+            await self._volume.follow(image, partial(self._changed_elsewhere, node), held=held)
+        except BaseException:
+            self._opening.remove(image)
+            await self._undo_open(image)
+            raise
+        self._opening.remove(image)
+
+    async def _undo_open(self, image: Image) -> None:
+        """What `release` does, for a handle that nobody will have."""
+        with trio.move_on_after(CLOSE_TIMEOUT_S, shield=True):
+            if not self._is_written(image):
+                await self._volume.let_go(image)
+            await self._volume.close_image(image)
 
     @answered
     async def create(
@@ -216,8 +227,16 @@ class NovaOperations(DirectoryHandlers, XattrHandlers):
             entry = await self._catalog.lookup(parent.entry.node_id, decoded(name), max_age_s=0)
             if entry.kind is Kind.DIRECTORY:
                 raise FUSEError(errno.EISDIR) from None
-        image = await self._catalog.open_image(entry.node_id)
+            image, held = await self._volume.open_to_write(entry.node_id)
+        else:
+            image, held = await self._catalog.open_image(entry.node_id), False
         node = self._nodes.looked_up(entry)
+        if flags & os.O_ACCMODE != os.O_RDONLY:
+            try:
+                await self._follow(node, image, held=held)
+            except BaseException:
+                self._nodes.forget(node.inode, 1)
+                raise
         node.cached_generation = image.generation
         fh = self._add_handle(node, image, flags)
         try:
@@ -228,8 +247,7 @@ class NovaOperations(DirectoryHandlers, XattrHandlers):
             del self._handles[fh]
             node.handles -= 1
             self._nodes.forget(node.inode, 1)
-            with trio.move_on_after(CLOSE_TIMEOUT_S, shield=True):
-                await self._volume.close_image(image)
+            await self._undo_open(image)
             raise
         return pyfuse3.FileInfo(fh=fh, keep_cache=False), attributes
 
@@ -239,14 +257,27 @@ class NovaOperations(DirectoryHandlers, XattrHandlers):
         try:
             data = image.read_nowait(off, size)
             if data is not None:
+                if image.follower is not None:
+                    image.follower.seen.end(off, size, data)
                 return data
             began_s = perf_counter()
             try:
-                return await image.read(off, size)
+                if image.follower is None:
+                    return await image.read(off, size)
+                return await self._read_followed(image, off, size)
             finally:
                 self._waited_reads.note(perf_counter() - began_s)
         except Exception as error:
             raise fuse_error(error, f"read {self._path(self._handles[fh].node)} at {off}+{size}") from error
+
+    async def _read_followed(self, image: Image, off: int, size: int) -> bytes:
+        """What is read while another host may write it is noted: whether it still is so decides about the first write."""
+        if image.follower is not None:
+            image.follower.seen.begin(off, size)
+        data = await image.read(off, size)
+        if image.follower is not None:
+            image.follower.seen.end(off, size, data)
+        return data
 
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         """WRITE."""

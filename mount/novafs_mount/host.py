@@ -3,10 +3,12 @@
 - It serves the host's own memory reclaim (a guest's disk is on it): `PR_SET_IO_FLUSHER` keeps its allocations from
   waiting for write-back that only it can do, and a low `oom_score_adj` keeps it from being the first to be killed
   (design 8). Both are inherited by threads and children made later, so this runs before there are any.
-- Read-ahead of the mount is raised from 128 KiB to 1 MiB: buffered readers (`cp`, `qemu-img convert`) then send an
-  eighth of the requests. Random and O_DIRECT reads are not affected.
-- `max_background` bounds how many asynchronous requests the kernel sends before it waits; its default of 12 would cap
-  the queue depth of all guests on a mount together. Needs the fusectl file system, which systemd mounts.
+- Read-ahead of the mount (`kernel.read_ahead`): buffered readers (`cp`, `qemu-img convert`) send an eighth of the requests with
+  1 MiB, as much as one can ask for, of those with the kernel's 128 KiB. O_DIRECT reads are not affected.
+- `max_background` (`kernel.background_max`) bounds how many asynchronous requests the kernel sends for all files of the mount together:
+  with its 12, a guest that waits for the store keeps the others from L1. Needs the fusectl file system, which systemd mounts.
+
+What each is worth is in `docs/performance.md`, "Kernel settings".
 
 Blocking; called before the event loop or in a worker thread.
 """
@@ -25,11 +27,9 @@ PR_SET_IO_FLUSHER: Final = 57
 OOM_SCORE_ADJ: Final = -900
 """Below any guest's, above what nothing may kill (-1000): a leak in here must not take the host down."""
 
-READ_AHEAD_KIB: Final = 1024
-"""As large as a FUSE request can be (256 pages)."""
-
+READ_AHEAD_BYTES: Final = 1 << 20
 BACKGROUND_MAX: Final = 128
-CONGESTION_THRESHOLD: Final = 96
+"""What `kernel.read_ahead` and `kernel.background_max` are unless they are set."""
 
 
 def protect_process() -> list[str]:
@@ -45,14 +45,16 @@ def protect_process() -> list[str]:
     return done
 
 
-def tune_mount(major: int, minor: int) -> list[str]:
-    """Raise read-ahead and the number of background requests of the mount with this device number. What was done."""
+def tune_mount(major: int, minor: int, *, read_ahead_bytes: int = READ_AHEAD_BYTES, background_max: int = BACKGROUND_MAX) -> list[str]:
+    """Set read-ahead and the number of background requests of the mount with this device number. What was done, for the log."""
     done = []
-    if _write(Path(f"/sys/class/bdi/{major}:{minor}/read_ahead_kb"), str(READ_AHEAD_KIB)):
-        done.append(f"read-ahead {READ_AHEAD_KIB} KiB")
+    if _write(Path(f"/sys/class/bdi/{major}:{minor}/read_ahead_kb"), str(read_ahead_bytes >> 10)):
+        done.append(f"read-ahead {read_ahead_bytes >> 10} KiB")
     control = Path(f"/sys/fs/fuse/connections/{minor}")
-    if _write(control / "max_background", str(BACKGROUND_MAX)) and _write(control / "congestion_threshold", str(CONGESTION_THRESHOLD)):
-        done.append(f"{BACKGROUND_MAX} background requests")
+    # It is congested from three quarters on, as it is by the kernel's own settings.
+    threshold = max(1, background_max * 3 // 4)
+    if _write(control / "max_background", str(background_max)) and _write(control / "congestion_threshold", str(threshold)):
+        done.append(f"{background_max} background requests")
     return done
 
 

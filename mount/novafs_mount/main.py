@@ -46,7 +46,7 @@ from novafs.operations import OPERATIONS
 from novafs.reload import Reloaded, Reloader
 from novafs.statedir import CONTROL_SOCKET
 from novafs.volume import Volume, open_volume
-from novafs_mount import host, mountpoint
+from novafs_mount import host, mountpoint, requestloop
 from novafs_mount.busypoll import busy_poll, fuse_descriptor
 from novafs_mount.errnos import told
 from novafs_mount.filesystem import NovaOperations
@@ -243,6 +243,7 @@ class _Daemon:
 
     async def _fuse(self) -> None:
         """Serve requests until the connection ends."""
+        requestloop.install()
         fd = fuse_descriptor()
         spin = busy_poll(fd)
         if spin is not None:
@@ -270,11 +271,18 @@ class _Daemon:
             await trio.to_thread.run_sync(os.stat, self._path, abandon_on_cancel=True)
         except OSError as error:
             raise MountError(f"{self._path} is mounted, but does not answer: {error.strerror}") from error
-        tuned = await trio.to_thread.run_sync(host.tune_mount, *self._device) if self._device is not None else []
-        log.info("%s mounted at %s%s", self._source, self._path, _listed(tuned))
+        log.info("%s mounted at %s%s", self._source, self._path, _listed(await self._tune(self._config)))
         self._ready()
         self._notifier.ready()
         nursery.start_soon(watch, self._path, self._notifier)
+
+    async def _tune(self, config: Config) -> list[str]:
+        """Have the kernel treat the mount as `config` says. What was done."""
+        if self._device is None:
+            return []
+        kernel, device = config.kernel, self._device
+        set_it = partial(host.tune_mount, *device, read_ahead_bytes=kernel.read_ahead_bytes, background_max=kernel.background_max)
+        return await trio.to_thread.run_sync(set_it)
 
     # -- what is asked of the daemon ----------------------------------------------------------------------------
 
@@ -325,7 +333,10 @@ class _Daemon:
             raise MountError(f"{self._path} is not mounted yet, or no more: nothing was changed")
         self._notifier.reloading()
         try:
-            return await self._reloader.reload()
+            reloaded = await self._reloader.reload()
+            if any(name.startswith("kernel.") for name in reloaded.applied):
+                await self._tune(self._reloader.config)
+            return reloaded
         finally:
             if self._serving:  # READY=1 would take back that it ends
                 self._notifier.ready()
@@ -375,9 +386,7 @@ class _Daemon:
         """The loop has ended: commit, then close the session. Shielded."""
         self._phase = self._board.phase = Phase.ENDING
         self._reporter.ending()
-        if operations.handle_count:
-            log.info("%s: committing %d handles that were not closed", self._path, operations.handle_count)
-            await operations.close_handles()
+        # First of all: once the mount is gone the kernel may give its number to another daemon's, at the same place.
         if not self._detached and await trio.to_thread.run_sync(mountpoint.device_of, self._path) == self._device:
             # The loop has ended, and the mount is still there: it was aborted through /sys/fs/fuse, or the loop failed.
             # libfuse would leave it there, since it takes a connection that is gone for a mount that is gone.
@@ -387,6 +396,9 @@ class _Daemon:
                 await self._detach(lazy=True)
             except MountError as error:
                 log.error("%s", error)
+        if operations.handle_count:
+            log.info("%s: committing %d handles that were not closed", self._path, operations.handle_count)
+            await operations.close_handles()
         if await trio.to_thread.run_sync(invalidator.stop, INVALIDATOR_STOP_S):
             # unmount=True would detach whatever is mounted there by now.
             pyfuse3.close(unmount=not self._detached)

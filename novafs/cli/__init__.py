@@ -22,6 +22,7 @@ import click
 import novafs
 from novafs import logs
 from novafs.cli import (
+    bench,
     clone,
     common,
     export,
@@ -84,6 +85,7 @@ for _command in (
     lease.lease,
     stats.stats,
     top.top,
+    bench.bench,
     simulate.simulate,
     warm.warm,
     model.model,

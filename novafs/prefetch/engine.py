@@ -118,7 +118,7 @@ class PrefetchEngine:
         state = self._image(image)
         self._images.move_to_end(image)
         self.closed(image)
-        state.recorder = Recorder()
+        state.recorder = None if state.private else Recorder()
         state.markov.restart()
 
     def closed(self, image: int) -> None:
@@ -134,6 +134,14 @@ class PrefetchEngine:
         state.replay.clear()
         for place in [place for place in self._queue if place >> INDEX_BITS == image]:
             self._drop(place)
+
+    def unlearn(self, image: int) -> None:
+        """Take an image for one that was never read, and learn nothing for others from what it reads from now on: for measurements."""
+        state = self._image(image)
+        state.recorder = state.family = None
+        self.closed(image)
+        fresh = self._images[image] = ImageState(image, self.settings, TransitionTable(self.table.chunk_size))
+        fresh.private = True
 
     def observe(self, access: Access, *, sparing: bool = False) -> None:
         """A guest touched a chunk. Decides what to fetch next; `take` hands it out. sparing: above the CPU budget (`throttle.py`), what a

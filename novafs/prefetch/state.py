@@ -62,6 +62,7 @@ class ImageState:
         "misses",
         "number",
         "pattern_known",
+        "private",
         "quiet",
         "recorder",
         "replay",
@@ -109,6 +110,8 @@ class ImageState:
         self.replaying = 0
         """Prefetches of the profile that have not ended."""
         self.counts = Counts()
+        self.private = False
+        """What it reads teaches no others: nothing of it is kept, and its transitions are in a table of its own (`unlearn`)."""
 
     def retune(self, settings: Settings) -> None:
         """Work with other settings from now on."""

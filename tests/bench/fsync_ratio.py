@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import tempfile
 import time
 from contextlib import ExitStack
@@ -23,6 +22,7 @@ from typing import NamedTuple
 
 import trio
 
+from tests.bench.fio import fio
 from tests.bench.juicefs import JuiceFS
 from tests.bench.relay import relay
 from tests.support.ceph import Ceph
@@ -41,11 +41,9 @@ class Round(NamedTuple):
     sync_us: float
 
 
-def fio(path: Path, seconds: float) -> Round:
+def synced_writes(path: Path, seconds: float) -> Round:
     """4 KiB random writes, `fsync=1`, one at a time."""
-    options = ["--rw=randwrite", "--bs=4k", "--fsync=1", "--ioengine=psync", f"--runtime={seconds}", "--time_based", "--output-format=json"]
-    done = subprocess.run(["fio", "--name=w", f"--filename={path}", f"--size={SIZE}", *options], capture_output=True, text=True, check=True)
-    job = json.loads(done.stdout)["jobs"][0]
+    job = fio(path, f"--size={SIZE}", "--rw=randwrite", "--bs=4k", "--fsync=1", seconds=seconds)
     return Round(job["write"]["iops"], job["write"]["clat_ns"]["mean"] / 1e3, job["sync"]["lat_ns"]["mean"] / 1e3)
 
 
@@ -76,9 +74,9 @@ def main() -> None:
                 juice.format(f"http://127.0.0.1:{port}/juice{number}", ceph)
                 files[kind] = stack.enter_context(juice.mounted(*options)) / "disk.raw"
         for path in files.values():
-            fio(path, 1)  # the file's layout is no part of the figure
+            synced_writes(path, 1)  # the file's layout is no part of the figure
         time.sleep(arguments.seconds)  # nor is what that has left to be uploaded
-        rounds = [{kind: fio(path, arguments.seconds) for kind, path in files.items()} for _ in range(arguments.rounds)]
+        rounds = [{kind: synced_writes(path, arguments.seconds) for kind, path in files.items()} for _ in range(arguments.rounds)]
     result = {
         "host_iops": statistics.median(one["host"].iops for one in rounds),
         "mount_iops": statistics.median(one["mount"].iops for one in rounds),

@@ -24,7 +24,6 @@ import json
 import os
 import socket
 import statistics
-import subprocess
 import tempfile
 import threading
 import time
@@ -38,6 +37,7 @@ import trio
 
 from novafs.control import call
 from novafs.statedir import CONTROL_SOCKET
+from tests.bench.images import data_ranges, make_disk
 from tests.bench.relay import relay
 from tests.support.ceph import Ceph, free_port
 from tests.support.cli import novafs, novafs_json
@@ -107,44 +107,12 @@ def wait_until(reached: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def make_disk(guest: GuestImage, directory: Path) -> Path:
-    """The guest's root file system, grown, with files of this machine beside it: program code and data, as compressible as such are."""
-    disk, filling = directory / "disk.raw", directory / "filling"
-    subprocess.run(["cp", "--sparse=always", guest.disk, disk], check=True)
-    missing = USED_BYTES - disk.stat().st_blocks * 512
-    with filling.open("wb") as out:
-        for path in sorted(Path("/usr").rglob("*")):
-            if path.is_file() and not path.is_symlink() and missing > 0:
-                with path.open("rb") as file:
-                    data = file.read(missing)
-                out.write(data)
-                missing -= len(data)
-    with disk.open("r+b") as file:
-        file.truncate(DISK_BYTES)
-    for command in (["e2fsck", "-fp", disk], ["resize2fs", disk], ["debugfs", "-w", "-R", f"write {filling} /srv/filling", disk]):
-        subprocess.run(command, check=True, capture_output=True, env={**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"})
-    filling.unlink()
-    return disk
-
-
 # -- copying -----------------------------------------------------------------------------------------------------------
 
 
 def extents_of(path: Path, sparse: bool) -> list[tuple[int, int]]:
     """What is to be sent of a file: (offset, length) of its data, or all of it."""
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if not sparse:
-            return [(0, size)]
-        found, at = [], 0
-        while at < size:
-            try:
-                start = os.lseek(file.fileno(), at, os.SEEK_DATA)
-            except OSError:  # a hole to the end
-                break
-            at = os.lseek(file.fileno(), start, os.SEEK_HOLE)
-            found.append((start, at - start))
-        return found
+    return list(data_ranges(path)) if sparse else [(0, path.stat().st_size)]
 
 
 def send(path: Path, extents: Sequence[tuple[int, int]], listener: socket.socket) -> None:
@@ -305,7 +273,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory(dir="/var/tmp") as name:
         directory = Path(name)
-        disk = make_disk(guest, directory)
+        disk = make_disk(guest, directory, size_bytes=DISK_BYTES, used_bytes=USED_BYTES)
         if arguments.only != "copy":
             with Ceph() as ceph:
                 os.environ.update(ceph.environment)

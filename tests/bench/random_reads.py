@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,6 +20,7 @@ from pathlib import Path
 import trio
 
 from tests.bench.boot_replay import stats
+from tests.bench.fio import random_read_iops
 from tests.bench.relay import relay
 from tests.support.ceph import Ceph
 from tests.support.engine import make_volume
@@ -28,24 +28,6 @@ from tests.support.mounted import running
 
 L1 = "64MiB"
 IMAGE_BYTES = 512 << 20
-
-
-def fio(path: Path, seconds: float, depth: int) -> float:
-    """IOPS of one reader."""
-    engine = ["--ioengine=libaio", f"--iodepth={depth}"] if depth > 1 else ["--ioengine=psync"]
-    # By default fio reads in the same order each time, which prefetch learns.
-    options = [
-        "--rw=randread",
-        "--randrepeat=0",
-        "--bs=4k",
-        "--direct=1",
-        *engine,
-        f"--runtime={seconds}",
-        "--time_based",
-        "--output-format=json",
-    ]
-    done = subprocess.run(["fio", "--name=r", f"--filename={path}", "--readonly", *options], capture_output=True, text=True, check=True)
-    return float(json.loads(done.stdout)["jobs"][0]["read"]["iops"])
 
 
 def main() -> None:
@@ -76,12 +58,11 @@ def main() -> None:
             for _ in range(IMAGE_BYTES >> 20):
                 file.write(os.urandom(1 << 20))
         for path in paths.values():
-            fio(
-                path / "disk.raw", arguments.seconds, arguments.depth
-            )  # what is uploaded and what is first learned is no part of the figure
+            # What is uploaded and what is first learned is no part of the figure.
+            random_read_iops(path / "disk.raw", arguments.seconds, arguments.depth)
         rounds = []
         for _ in range(arguments.rounds):
-            rounds.append({kind: fio(path / "disk.raw", arguments.seconds, arguments.depth) for kind, path in paths.items()})
+            rounds.append({kind: random_read_iops(path / "disk.raw", arguments.seconds, arguments.depth) for kind, path in paths.items()})
         prefetch = stats(paths["on"])["prefetch"]
     result = {
         "ratio": statistics.median(one["on"] / one["off"] for one in rounds),

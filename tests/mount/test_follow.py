@@ -7,6 +7,7 @@ import errno
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -143,13 +144,143 @@ def test_a_target_that_has_read_what_was_written_since_must_reopen(pair: Pair, d
     assert target.read(500) in (0, 1)
     source.write(500, 2)
     os.fsync(source.fd)
-    assert target.read(500) == 2
     source.close()
     wait_until(lambda: held(one) == 0, "the source gives the lease back")
     with pytest.raises(OSError) as caught:
         target.write(501, 3)
     assert caught.value.errno == errno.ESTALE
+    again = Disk(two, disk)
+    again.write(501, 3)
+    assert [again.read(at) for at in (500, 501)] == [2, 3]
+    with pytest.raises(OSError) as caught:
+        target.write(501, 4)
+    assert caught.value.errno == errno.ESTALE
+    again.close()
     target.close()
+
+
+def test_a_target_that_has_read_again_what_was_written_since_goes_on(pair: Pair, disk: str) -> None:
+    """So does an emulator whose disk has a format: it reads the tables before the machine comes, and again when it has come."""
+    one, two = pair
+    source = Disk(one, disk)
+    for at in (300, 400, 500):
+        source.write(at, 1)
+    target = Disk(two, disk)
+    two.wait_log(disk + ANSWERED)
+    assert [target.read(at) for at in (300, 400, 500)] == [1, 1, 1]
+    source.write(400, 2)
+    source.write(500, 2)
+    os.fsync(source.fd)
+    source.close()
+    wait_until(lambda: held(one) == 0, "the source gives the lease back")
+    assert [target.read(at) for at in (400, 500)] == [2, 2]
+    target.write(501, 3)
+    os.fsync(target.fd)
+    assert [target.read(at) for at in (300, 400, 500, 501)] == [1, 2, 2, 3]
+    target.close()
+
+
+def test_a_target_that_opens_it_before_the_source_has_written_goes_on_with_what_the_source_left(pair: Pair, disk: str) -> None:
+    """semantics: S22. A quiet data disk: nobody has the lease when both open it for writing."""
+    one, two = pair
+    source = Disk(one, disk)
+    target = Disk(two, disk)
+    assert target.read(0) == 0
+    source.write(500, 1)
+    os.fsync(source.fd)
+    assert target.read(500) == 1
+    source.close()
+    wait_until(lambda: held(one) == 0, "the source gives the lease back")
+    target.write(501, 2)
+    os.fsync(target.fd)
+    assert [target.read(at) for at in (0, 500, 501)] == [0, 1, 2]
+    target.close()
+
+
+def test_who_waits_reads_nothing_older_than_the_last_fsync_whenever_the_first_write_comes(pair: Pair, disk: str) -> None:
+    """semantics: S22. The target reads all the time, from L1, with no lease to look for; then the source takes it, three times."""
+    one, two = pair
+    target = Disk(two, disk)
+    fsynced = 0
+    seen = threading.Semaphore(0)
+
+    def write() -> None:
+        nonlocal fsynced
+        for number in range(1, 4):
+            source = Disk(one, disk)
+            assert source.read(7) == number - 1
+            for _ in range(3):
+                source.write(7, number)
+                os.fsync(source.fd)
+                fsynced = number
+            source.close()
+            assert seen.acquire(timeout=60)
+
+    with ThreadPoolExecutor(1) as pool:
+        writer, known = pool.submit(write), 0
+        while not writer.done():
+            least = fsynced
+            found = target.read(7)
+            assert found >= least, f"read {found} when {least} was fsynced"
+            if found > known and held(one) == 0:
+                known = found
+                seen.release()
+        writer.result()
+    target.close()
+
+
+def test_two_that_wait_take_turns_in_writing(pair: Pair, disk: str) -> None:
+    """Both have it open for writing, neither has read anything that the other changes, and the first one closes."""
+    one, two = pair
+    first, second = Disk(one, disk), Disk(two, disk)
+    assert (first.read(0), second.read(0)) == (0, 0)
+    first.write(100, 1)
+    first.close()
+    wait_until(lambda: held(one) == 0, "the first gives the lease back")
+    second.write(200, 2)
+    os.fsync(second.fd)
+    first = Disk(one, disk)
+    assert [first.read(at) for at in (100, 200)] == [1, 2]
+    second.close()
+    wait_until(lambda: held(two) == 0, "the second gives the lease back")
+    first.write(300, 3)
+    assert [first.read(at) for at in (100, 200, 300)] == [1, 2, 3]
+    first.close()
+
+
+def test_who_has_made_a_file_and_waits_follows_as_well(pair: Pair, disk: str) -> None:
+    """`open` with O_CREAT, for a new name and for one that another host has made a moment before."""
+    one, two = pair
+    made = os.open(one.path / f"{disk}-new", os.O_RDWR | os.O_CREAT)
+    source = os.open(two.path / f"{disk}-new", os.O_RDWR | os.O_CREAT)
+    os.pwrite(source, b"written elsewhere", 0)
+    os.fsync(source)
+    wait_until(lambda: os.pread(made, 17, 0) == b"written elsewhere", "the kernel learns the size")
+    os.close(source)
+    wait_until(lambda: held(two) == 0, "the lease is given back")
+    os.pwrite(made, b"here", 0)
+    os.close(made)
+    assert (one.path / f"{disk}-new").read_bytes() == b"hereten elsewhere"
+
+
+def test_a_source_whose_image_was_handed_off_follows_who_has_it(pair: Pair, disk: str) -> None:
+    """semantics: S22. Its machine stands still, its disk is open for writing all the same."""
+    one, two = pair
+    source = Disk(one, disk)
+    source.write(500, 1)
+    novafs(
+        "handoff", one.url, disk, "--to", call(two.state_dir / CONTROL_SOCKET, "stats")["volume"]["host_id"], "--state-dir", one.state_dir
+    )
+    target = Disk(two, disk)
+    target.write(500, 2)
+    os.fsync(target.fd)
+    assert source.read(500) == 2
+    target.close()
+    wait_until(lambda: held(two) == 0, "the lease is given back")
+    with pytest.raises(OSError) as caught:
+        source.write(501, 3)
+    assert caught.value.errno == errno.ESTALE
+    source.close()
 
 
 def test_who_opens_it_for_reading_past_the_page_cache_is_offered_what_is_hot(pair: Pair, disk: str) -> None:

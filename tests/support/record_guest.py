@@ -51,17 +51,27 @@ class RecordGuest(Guest):
     """One emulator with this guest. disks: the raw one, then the one with ext4, if any, both `cache=none`."""
 
     def __init__(
-        self, image: GuestImage, disks: Sequence[Path], *, memory: Path, workdir: Path, incoming: str = "", options: str = ""
+        self,
+        image: GuestImage,
+        disks: Sequence[Path],
+        *,
+        memory: Path,
+        workdir: Path,
+        incoming: str = "",
+        options: str = "",
+        first_format: str = "raw",
     ) -> None:
         """memory: the file of its memory; an empty one is made. incoming: where its state comes from; "defer" for `receive`.
-        options: more of each disk, for instance ",auto-read-only=off"."""
+        options: more of each disk, for instance ",auto-read-only=off". first_format: of the file of the first disk."""
         super().__init__(image, disks[0], script="", workdir=workdir, memory=MEMORY, extra=["-incoming", incoming] if incoming else [])
         self._disks = tuple(disks)
         self._memory_file = memory
         self._options = options
+        self._formats = (first_format, *("raw" for _ in disks[1:]))
 
     def _command(self, script_disk: Path, qmp_path: str) -> list[str]:
-        drives = [f"file={escaped(disk)},format=raw,if=virtio,cache=none{self._options}" for disk in self._disks]
+        disks = zip(self._disks, self._formats, strict=True)
+        drives = [f"file={escaped(disk)},format={format_},if=virtio,cache=none{self._options}" for disk, format_ in disks]
         return [
             "qemu-system-x86_64",
             *("-accel", "tcg", "-cpu", "max", "-machine", "q35,memory-backend=ram", "-m", self._memory),

@@ -15,6 +15,8 @@ from novafs.cacheconfig import find_place
 from novafs.codec import Codec
 from novafs.config import Config
 from novafs.errors import BusyError, ConfigError, NovaError, ReadOnlyError, TooLargeError
+from novafs.eviction.learned import LearnedPolicy
+from novafs.eviction.trees import RATE
 from novafs.lease import read_lease
 from novafs.statedir import is_locked
 from novafs.volume import Volume
@@ -98,6 +100,9 @@ def test_ml_learning_rate(tmp_path: Path) -> None:
             features = (1, 2, 3, 4, 5, 6, 7, 8)
             gate.learn(features, 0.0, 0, 1.0)
             moved[rate] = gate.score(features)
+            policy = volume_of(cache).cache.l1.policy  # the default one; what a rate does there: tests/unit/test_eviction_learned.py
+            assert isinstance(policy, LearnedPolicy)
+            assert policy._learner.rate == pytest.approx(min(1.0, RATE * rate))
     assert moved[1.0] == pytest.approx(2 * moved[0.5])
     assert moved[4.0] == pytest.approx(4 * moved[1.0])
 
@@ -111,6 +116,9 @@ def test_enable_online(tmp_path: Path) -> None:
         prefetcher = volume_of(cache).prefetcher
         assert prefetcher is not None
         assert prefetcher.engine.gate.examples == 0
+        policy = volume_of(cache).cache.l1.policy
+        assert isinstance(policy, LearnedPolicy)
+        assert policy._learner.rate == 0.0
         assert len(prefetcher.engine.table) == 0
     assert not (tmp_path / "volume" / "models").exists()
     with opened(tmp_path) as cache:

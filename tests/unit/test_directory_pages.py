@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
 
 import msgspec
@@ -10,7 +11,7 @@ import pytest
 import trio
 
 from novafs.catalog import Changes
-from novafs.catalogtree import PAGE_BYTES, ROOT_ID, Entry, Kind, Snapshot, encode_entries, page_bounds
+from novafs.catalogtree import PAGE_BYTES, ROOT_ID, Entry, Kind, Snapshot, cut_again, encode_entries, page_bounds
 from novafs.errors import TooLargeError
 from tests.support.engine import fresh_volume, make_volume, opened
 
@@ -65,3 +66,84 @@ async def _too_long_an_entry(tmp_path: Path) -> None:
             await volume.catalog.update(made.node_id, lambda entry: msgspec.structs.replace(entry, snapshots=many))
         await volume.create(ROOT_ID, "next.raw")
         assert not (await volume.catalog.get(made.node_id)).snapshots
+
+
+def test_pages_cut_around_a_change_are_those_of_the_whole_directory_cut_anew() -> None:
+    dice = random.Random(7)
+    for _ in range(7):
+        # "z", "zz", … to "z" * 255: runs of names of which none begins a page, so that full pages do.
+        names = {f"{dice.randrange(10**6):06}" for _ in range(dice.choice((0, 1, 300, 3000)))} | {
+            "z" * n for n in range(dice.choice((0, 200)))
+        }
+        by_name = {name: entry_named(name) for name in names if name}
+        for _ in range(7):
+            ordered = [by_name[name] for name in sorted(by_name)]
+            pages = [ordered[start:end] for start, end in page_bounds(ordered)]
+            firsts = [page[0].name for page in pages]
+            changed = dict(by_name)
+            touched = set(dice.sample(sorted(by_name), min(len(by_name), dice.choice((0, 1, 5, 700)))))
+            touched |= set(dice.sample(firsts, min(len(firsts), dice.choice((0, 1, 3)))))
+            for name in touched:
+                del changed[name]
+                if dice.random() < 0.3:
+                    changed[name] = entry_named(name, xattr_bytes=dice.choice((0, 0, PAGE_BYTES // 3)))
+            for _ in range(dice.choice((0, 1, 1, 50, 2500))):
+                name = f"{dice.randrange(10**6):06}"
+                touched.add(name)
+                if name not in changed:
+                    changed[name] = entry_named(name)
+            made = cut_again(pages, changed, touched)
+            ordered = [changed[name] for name in sorted(changed)]
+            expected = [ordered[start:end] for start, end in page_bounds(ordered)]
+            assert made is None if not pages else made == expected
+            by_name = changed
+
+
+def entry_named(name: str, xattr_bytes: int = 0) -> Entry:
+    xattrs = {"user.a": bytes(xattr_bytes)} if xattr_bytes else {}
+    return Entry(name, os.urandom(16), Kind.IMAGE, 0o644, 0, 0, 0, 0, 0, xattrs=xattrs)
+
+
+def test_pages_that_are_not_in_order_are_cut_anew_as_a_whole() -> None:
+    made = entries(600, 0)
+    by_name = {e.name: e for e in made}
+    assert cut_again([made[300:], made[:300]], by_name, {"000001"}) is None
+    assert cut_again([made, []], by_name, {"000001"}) is None
+
+
+def test_a_directory_of_pages_that_another_host_changes_is_as_it_was_stored(tmp_path: Path) -> None:
+    """Pages that stayed are not read again; names that came, went, moved and came back are all seen."""
+
+    async def main() -> None:
+        dice = random.Random(3)
+        url = await make_volume(f"file://{tmp_path / 'store'}")
+        async with opened(url, tmp_path / "a") as a, opened(url, tmp_path / "b") as b:
+            ids = [(await a.mkdir(ROOT_ID, name)).node_id for name in ("one", "two")]
+
+            async def add(changes: Changes) -> None:
+                for node_id in ids:
+                    await changes.entries(node_id)
+                    for e in entries(1500, 0):
+                        changes.set(msgspec.structs.replace(e, parent_id=node_id, node_id=os.urandom(16)))
+
+            await a.catalog.change(add)
+            assert [(await b.catalog.resolve(name, max_age_s=0)).node_id for name in ("one", "two")] == ids
+            for _ in range(16):
+                writer, reader = dice.sample((a, b), 2)
+                seen = {e.node_id: (e.parent_id, e.name) for node_id in ids for e in await writer.catalog.list(node_id, max_age_s=0)}
+                for moved in dice.sample(sorted(seen), dice.choice((1, 1, 4))):
+                    parent_id, name = seen[moved]
+                    now = {e.name: e.node_id for e in await writer.catalog.list(parent_id)}
+                    if now.get(name) != moved:
+                        continue  # another one took its place
+                    if dice.random() < 0.2:
+                        await writer.catalog.remove(parent_id, name, directory=False)
+                    else:
+                        await writer.rename(parent_id, name, dice.choice(ids), f"{dice.randrange(1700):06}")
+                for node_id in ids:
+                    assert await reader.catalog.list(node_id, max_age_s=0) == await writer.catalog.list(node_id, max_age_s=0)
+                    for e in await reader.catalog.list(node_id):
+                        assert await reader.catalog.get(e.node_id) == e
+                        assert reader.catalog.path_of(e) == f"{('one', 'two')[ids.index(node_id)]}/{e.name}"
+
+    trio.run(main)

@@ -470,6 +470,16 @@ def test_a_saved_model_says_the_same_in_a_new_life() -> None:
     assert fresh.save() == saved
 
 
+def test_with_a_learning_rate_of_zero_it_does_as_it_was_taught_and_learns_nothing() -> None:
+    """`enable_online=False` of the library: what was saved is used as it is."""
+    stream, policy = hot_set_and_streams(4_000, seed=9), LearnedPolicy()
+    policy.load(lesson()[3], "models/eviction")
+    policy.set_learning_rate(0.0)
+    assert misses_of(stream, policy, 100) <= misses_of(stream, LearnedPolicy(), 100)
+    assert policy.quality().trainings == 0
+    assert policy.save() == lesson()[3]
+
+
 def test_a_loaded_model_helps_from_the_beginning() -> None:
     stream = hot_set_and_streams(4_000, seed=9)
     fresh = LearnedPolicy()

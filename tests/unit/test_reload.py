@@ -63,7 +63,14 @@ LIVE = {
     "store": {"io_timeout_s": 7.0},
     "lease": {"wait_s": 3.0},
     "writeback": {"dirty_max_bytes": 8 << 20, "interval_s": 2.0},
-    "prefetch": {"window": 3, "window_bytes": 1 << 20, "accuracy_target": 0.5, "aggression": 0.25, "traffic_max": 2.0},
+    "prefetch": {
+        "window": 3,
+        "window_bytes": 1 << 20,
+        "accuracy_target": 0.5,
+        "aggression": 0.25,
+        "traffic_max": 2.0,
+        "read_around_bytes": 1 << 18,
+    },
 }
 
 
@@ -89,6 +96,7 @@ def test_an_open_volume_works_with_what_is_live(tmp_path: Path) -> None:
             assert volume.prefetcher is not None
             settings = volume.prefetcher.engine.settings
             assert (settings.prefetch_window, settings.prefetch_window_bytes, settings.prefetch_traffic_max) == (3, 1 << 20, 2.0)
+            assert settings.read_around_bytes == 1 << 18
             assert await image.read(0, 6 << 20) == b"x" * (6 << 20)
             await reload.apply(volume, replace(config, l1=replace(config.l1, capacity_bytes=256 << 20)))
             assert volume.cache.l1.capacity_bytes == 256 << 20
@@ -99,6 +107,6 @@ def test_an_open_volume_works_with_what_is_live(tmp_path: Path) -> None:
 
 def test_every_live_key_is_one_that_this_page_tries() -> None:
     tried = {f"{section}.{name}" for section, values in LIVE.items() for name in values}
-    # Read at each commit, and by the log itself.
-    elsewhere = {"l3.codec", "l3.codec_level", "log.level"}
+    # Read at each commit, and by the log itself; told to the kernel by the mount (`mount/test_kernel_settings.py`).
+    elsewhere = {"l3.codec", "l3.codec_level", "log.level", "kernel.read_ahead_bytes", "kernel.background_max"}
     assert {key.field for key in KEYS if key.live} == tried | elsewhere

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,60 @@ def test_a_read_that_l1_holds_asks_the_store_nothing_and_takes_no_checkpoint(tmp
                 assert image.read_nowait(70_000, 4096) == (bytes(range(256)) * 4096)[70_000:74_096]
                 assert len(await image.read(0, 1 << 20)) == 1 << 20
             assert requests(volume) == before
+            await volume.close_image(image)
+
+    trio.run(main)
+
+
+def test_a_read_that_l1_holds_copies_its_bytes_once_and_a_whole_chunk_not_at_all(tmp_path: Path) -> None:
+    """And goes through no thread: it is one call that returns."""
+
+    async def main() -> None:
+        url = await make_volume(f"file://{tmp_path / 'store'}")
+        async with opened(url, tmp_path / "state") as volume:
+            size = volume.chunk_size
+            entry = await volume.create(ROOT_ID, "a.raw")
+            image = await volume.open_image(entry.node_id)
+            await image.write(0, random.Random(1).randbytes(16 * size))
+            await image.commit()
+            await image.read(0, 16 * size)
+            raw = image.entry_nowait(3)
+            assert raw is not None
+            assert image.read_nowait(3 * size, size) is volume.cache.peek(raw[:32])
+            for length in (4096, size // 2, 16 * size):
+                image.read_nowait(100, length - 100)  # what is made once is no part of it
+                tracemalloc.start()
+                try:
+                    data = image.read_nowait(100, length - 100)
+                    _, peak = tracemalloc.get_traced_memory()
+                finally:
+                    tracemalloc.stop()
+                assert data is not None and len(data) == length - 100
+                # A read over several chunks may hold the first one's part and the last one's beside the answer.
+                assert peak <= len(data) + (2 * size if length > size else 0) + 4096
+            await volume.close_image(image)
+
+    trio.run(main)
+
+
+def test_a_cold_read_of_neighbours_is_one_range_request_and_no_byte_is_asked_for_twice(tmp_path: Path) -> None:
+    async def main() -> None:
+        url = await make_volume(f"file://{tmp_path / 'store'}")
+        async with opened(url, tmp_path / "writer") as volume:
+            size = volume.chunk_size
+            entry = await volume.create(ROOT_ID, "a.raw")
+            image = await volume.open_image(entry.node_id)
+            await image.write(0, random.Random(1).randbytes(16 * size))
+            await volume.close_image(image)
+        async with opened(url, tmp_path / "reader", read_only=True) as volume:
+            entry = await volume.catalog.resolve("a.raw")
+            image = await volume.open_image(entry.node_id)
+            await image.read(0, 1)  # the map, and one chunk
+            before = volume.client.statistics().by_operation["get"]
+            assert len(await image.read(0, 16 * size)) == 16 * size
+            after = volume.client.statistics().by_operation["get"]
+            assert after.requests - before.requests == 1
+            assert after.read_bytes - before.read_bytes <= 15 * size + 4096
             await volume.close_image(image)
 
     trio.run(main)
