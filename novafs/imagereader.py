@@ -98,6 +98,8 @@ class ImageReader:
         self._watcher = watcher
         self.watch_number = 0
         """The watcher's."""
+        self.watch_reads = 0
+        """The watcher's, too."""
         self._told = -1
         """The chunk that the watcher was told of last."""
         self.follower: Follower | None = None

@@ -46,6 +46,10 @@ SPARED: Final = 16
 SPARED_WAKE: Final = 64
 """The others wait for company: waking up costs as much as all that is spared."""
 LOG_MAX: Final = 4096
+NOTED: Final = 32
+NOTED_FIRST: Final = 8192
+"""Of the hits of an image one in so many is noted where there are too many to note, but the first after an open all: its profile
+begins with them."""
 RECENT_MAX: Final = 1 << 14
 STEP: Final = 64
 """Log entries worked on between two chances for readers."""
@@ -102,6 +106,8 @@ class Prefetcher:
         self._recent: deque[tuple[int, int, int]] = deque(maxlen=RECENT_MAX)
         """Image number, first and last chunk of the latest reads, for `read_last`: the engine does not see them all."""
         self._lost = 0
+        self._hurried = False
+        """Whether hits are so quick that to note them all takes too large a part of the CPU."""
         self._wake = trio.Event()
         self._numbers: OrderedDict[bytes, int] = OrderedDict()
         self._next_number = 1
@@ -133,6 +139,7 @@ class Prefetcher:
                 self._numbers.popitem(last=False)
         self._numbers.move_to_end(name)
         image.watch_number = number
+        image.watch_reads = 0
         self._open.setdefault(number, []).append(image)
         if len(self._open[number]) == 1:
             self._fresh.add(number)
@@ -182,12 +189,16 @@ class Prefetcher:
 
     def touched(self, image: ImageReader, first: int, last: int) -> None:
         """Chunks were read, and were all there. On the path of every read: an append."""
+        expected = self._expected(image.watch_number << INDEX_BITS | last)
+        image.watch_reads += 1
+        if self._hurried and image.watch_reads % NOTED and not expected and image.watch_reads > NOTED_FIRST:
+            return
         entries = self._log
         if len(entries) >= LOG_MAX:
             self._lost += 1
             return
         entries.append(_Entry(image, first, last, ()))
-        if len(entries) == LOG_WAKE or self._expected(image.watch_number << INDEX_BITS | last):
+        if len(entries) == LOG_WAKE or expected:
             self._wake.set()
 
     def missed(self, image: ImageReader, first: int, last: int, missing: Sequence[int]) -> None:
@@ -250,6 +261,7 @@ class Prefetcher:
                 await trio.sleep(1)
             before_s, process_s = process_s, time.process_time()
             self.throttle.account(time.thread_time() - began_s, process_s - before_s)
+            self._hurried = self.throttle.far_over
 
     def _work_off(self, most: int = LOG_MAX) -> None:
         """Show the engine what was read."""

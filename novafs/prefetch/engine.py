@@ -47,7 +47,7 @@ HOPE_SHARE: Final = 20
 PATTERN_TICKS: Final = 1024
 """Accesses for which a pattern counts as known: to find one takes up to a tenth of a millisecond."""
 QUEUE_MAX: Final = 4096
-AT_ONCE_MAX: Final = 16
+AT_ONCE_MAX: Final = 64
 """Prefetches that one access may lead to, the profile's apart."""
 ECHO_REACH_MAX: Final = 32
 WINDOW_SHARE: Final = 4

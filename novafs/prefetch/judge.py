@@ -47,6 +47,10 @@ Wanted = tuple[float, Place, Origin, Features, float, int]
 """What passed: calibrated log odds, place, who named it, and what the gate has to be told when it ends."""
 
 
+SURE: Final = 3.0
+"""Log odds (0.95) from which one candidate is as likely as another."""
+
+
 class Judge:
     """One for an engine. `issued` is the engine's: prefetches that have not ended."""
 
@@ -328,5 +332,6 @@ class Judge:
             self._seen.pop(next(iter(self._seen)))
 
 
-def _by_odds(item: Wanted) -> tuple[float, Place]:
-    return (-item[0], item[1])
+def _by_odds(item: Wanted) -> float:
+    # What is sure is wanted in the order in which the sources name it, the nearest of a stream first: chunks side by side are one request.
+    return -min(item[0], SURE)

@@ -1,18 +1,20 @@
 """Holds the policies' share of the process's CPU: what is dear is left out where there is nothing to gain.
 
 Work on a miss, or on the first use of a prefetch, is done: it costs a fraction of what a slow store does. A plain hit
-only teaches, so above the share hits are *skimmed*: noted, not considered. The caller measures; no clock is read here.
+only teaches, so above the share hits are *skimmed*: noted, not considered; and far above it most are not even that. The
+caller measures; no clock is read here.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-SHARE: Final = 0.03
+SHARE: Final = 0.027
 """Below the 5 % that are allowed: what must be done anyhow is counted, too, and saved by nothing."""
 CREDIT_S_MAX: Final = 0.25
 """CPU seconds that may be saved up in quiet times."""
 CREDIT_S_FIRST: Final = 0.0
+FAR_S: Final = 0.02
 
 
 class Throttle:
@@ -30,6 +32,11 @@ class Throttle:
     def open(self) -> bool:
         """Whether plain hits may be considered, too."""
         return self._credit_s > 0.0
+
+    @property
+    def far_over(self) -> bool:
+        """Whether even skimming is too much: where all is in memory, and to note a read costs a tenth of what the read does."""
+        return self._credit_s < -FAR_S
 
     def account(self, policy_s: float, process_s: float) -> None:
         """CPU seconds that the policies, and the process as a whole with them, have used since the last call."""

@@ -19,6 +19,8 @@ from novafs.image import Image
 from novafs.modelstore import model_prefix
 from novafs.pack import pack_name
 from novafs.prefetch.model import NAMES
+from novafs.prefetch.throttle import FAR_S, Throttle
+from novafs.prefetcher import NOTED, NOTED_FIRST
 from novafs.snapshots import clone
 from novafs.volume import Volume
 from tests.support.engine import make_volume, opened
@@ -156,6 +158,48 @@ def volume_is_bounded(place: Path) -> bool:
         return True
 
     return bool(on_host(place, "bounded", drive, l1__capacity="8MiB"))
+
+
+def test_hits_that_are_too_many_to_note_are_noted_now_and_then(place: Path) -> None:
+    async def drive(volume: Volume) -> None:
+        prefetcher, image = volume.prefetcher, await image_of(volume, "one.raw")
+        assert prefetcher is not None
+        await read(volume, image, [0], settle=False)
+        prefetcher._work_off()
+
+        def noted(reads: int) -> int:
+            """How many of them are; without a checkpoint, so nothing else works them off."""
+            before, found = len(prefetcher._log), 0
+            for _ in range(reads):
+                assert prefetcher is not None
+                prefetcher.touched(image, 0, 0)
+                found += len(prefetcher._log) - before
+                prefetcher._log.clear()
+                before = 0
+            return found
+
+        prefetcher._hurried = True
+        image.watch_reads = 0
+        assert noted(NOTED_FIRST) == NOTED_FIRST
+        assert noted(10 * NOTED) == 10
+        prefetcher._hurried = False
+        assert noted(100) == 100
+        await volume.close_image(image)
+        again = await image_of(volume, "one.raw")
+        assert again.watch_reads == 0
+        await volume.close_image(again)
+
+    on_host(place, "a", drive)
+
+
+def test_how_far_over_its_share_the_cpu_time_is_tells_what_is_noted() -> None:
+    throttle = Throttle(0.05)
+    assert not throttle.open
+    assert not throttle.far_over
+    throttle.account(2 * FAR_S, 0.0)
+    assert throttle.far_over
+    throttle.account(0.0, 40 * FAR_S)
+    assert not throttle.far_over
 
 
 def test_what_a_prefetch_can_not_read_is_an_error_for_its_reader_alone(place: Path) -> None:
