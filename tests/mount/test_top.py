@@ -104,6 +104,7 @@ def test_top_ends_cleanly_at_ctrl_c_and_when_the_mount_ends(mounted: Mount) -> N
             mounted.unmount()
             assert terminal.end() == 1
             assert "the mount has ended" in " ".join(terminal.text.split())
+            assert mounted.wait() == 0
         assert "Traceback" not in terminal.text
 
 
