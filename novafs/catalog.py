@@ -130,7 +130,8 @@ class Catalog:
         self._fetch = fetch
         self._pack_writer = pack_writer
         self._directories: dict[bytes, _Directory] = {}
-        # Where each node that was seen lies: (parent id, name). Checked at each use, since another host may move it.
+        # Where each node that was seen lies: (parent id, name). Checked at each use, since another host may move it; and noted anew
+        # whenever a name is looked up, since a slow look at the directory that it was moved out of may have ended last.
         self._places: dict[bytes, tuple[bytes, str]] = {}
         self._commits: GroupCommit[_Request] = GroupCommit(self._commit)
         # Of the commits that this host has made without a pause: when the first began and the last ended, and how long that one took.
@@ -172,6 +173,7 @@ class Catalog:
         if entry is None:
             path = f"{self.path_of_id(parent_id)}/{name}".lstrip("/")
             raise NotFoundError(f"{path}: no such image or directory")
+        self._places[entry.node_id] = (parent_id, name)
         return entry
 
     async def resolve(self, path: str, *, max_age_s: float = REFRESH_S) -> Entry:
@@ -184,6 +186,7 @@ class Catalog:
             found = (await self._directory(entry.node_id)).entries.get(name)
             if found is None:
                 raise NotFoundError(f"{path}: no such image or directory; 'novafs ls' shows what is there")
+            self._places[found.node_id] = (entry.node_id, name)
             entry = found
         return entry
 
@@ -217,6 +220,7 @@ class Catalog:
         """A directory's entries, sorted by name. Raises NotFoundError, NotDirectoryError."""
         await self.refresh(max_age_s)
         entries = (await self._directory(node_id)).entries
+        self._places.update((e.node_id, (node_id, name)) for name, e in entries.items())
         return [entries[name] for name in sorted(entries)]
 
     async def walk(self, node_id: bytes = ROOT_ID) -> AsyncIterator[Entry]:

@@ -54,7 +54,7 @@ def background(work: Callable[[Callable[[], None], Report], int], *, log: Path, 
     sys.stdout.flush()
     sys.stderr.flush()
     # An interruption must find the daemon's number known, or nobody could end the daemon: it waits until then.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
     child = os.fork()
     if child == 0:
         _first_child(work, reader, writer, log_fd, mask, in_group)

@@ -77,6 +77,7 @@ class DedupIndex:
         self._lock = threading.Lock()
         # At least as many rows as there are: counting them reads the whole file, which may be a gigabyte.
         self._rows_max = 0
+        self._counted = False
         self._evict_at = 0
         self._connection = self._open()
 
@@ -105,6 +106,7 @@ class DedupIndex:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("CREATE TABLE IF NOT EXISTS chunk (id BLOB PRIMARY KEY, place BLOB NOT NULL) WITHOUT ROWID")
             connection.execute("CREATE TABLE IF NOT EXISTS pack (id BLOB PRIMARY KEY) WITHOUT ROWID")
+            self._counted = whole
             if whole:
                 self._rows_max = _count(connection)
             else:
@@ -165,13 +167,18 @@ class DedupIndex:
     def _fits(self) -> bool:
         """Whether no row has to leave. Counts where that is not certain."""
         if self._rows_max > self._chunks_max:
-            self._rows_max = _count(self._connection)
+            self._count()
         return self._rows_max <= self._chunks_max
+
+    def _count(self) -> None:
+        self._rows_max, self._counted = _count(self._connection), True
 
     def has_room(self) -> bool:
         """Whether more can be noted, of what others have stored, without another row's leaving for it."""
         room = False
         with self._guard():
+            if self._rows_max > self._room and not self._counted:
+                self._count()
             room = self._fits() and self._rows_max <= self._room
         return room  # noqa: RET504  # `_guard` passes over what goes wrong
 
@@ -181,7 +188,7 @@ class DedupIndex:
         self._connection.execute("DELETE FROM chunk WHERE id >= ? AND id <= ?", (low, high))
         self._connection.execute("DELETE FROM pack")
         self._evict_at = (self._evict_at + 16) % 256
-        self._rows_max = _count(self._connection)
+        self._count()
 
     def forget(self, chunk_ids: Iterable[bytes], pack_id: bytes | None = None) -> None:
         """Drop rows that turned out stale, and the note that a pack's footer is known."""

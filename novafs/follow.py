@@ -89,6 +89,8 @@ class Follower:
         self.seen = seen
         self.moved = False
         """Whether a newer generation was taken over since `seen` began."""
+        self.settling = trio.Lock()
+        """Held by who finds out whether `seen` still holds."""
         self.active = False
         """Whether another host has the lease."""
         self.acknowledged = False
@@ -98,7 +100,7 @@ class Follower:
         """Whether it ended by itself."""
         self._image = image
         self._leases = leases
-        self._changed = changed
+        self.changed = changed
         self._after = after
         self._held = held
         self._stopped = False
@@ -129,6 +131,11 @@ class Follower:
         self._read = True
         return not self.active and boot_time_s() < self._valid_s
 
+    @property
+    def lapsed(self) -> bool:
+        """Whether the request was not renewed for so long that the holder may have given it up, as when this host slept."""
+        return boot_time_s() - self._asked_s > WANT_TTL_S / 2
+
     async def answered(self) -> None:
         """Wait until the holder has acknowledged, or has given the lease back; not for longer than `lease.wait` after it was seen."""
         with trio.move_on_at(min(self._answer_by_s, trio.current_time() + self._leases.rules.wait_s)):
@@ -142,12 +149,17 @@ class Follower:
                 self._leases.rules.wait_s,
             )
 
+    def _expect_answer(self) -> None:
+        if self._answer.is_set():  # else somebody waits for it
+            self._answer = trio.Event()
+        self._answer_by_s = trio.current_time() + self._leases.rules.wait_s
+
     async def fresh(self) -> None:
         """What is here is the newest generation, as of a look that begins after this call, or is not older than a look may be.
         Raises what the store raises."""
         if self._stopped or self.settled:
             return
-        if not self.active:
+        if not self.active or self.lapsed:
             await self._looks.submit(None)
         if self.active:
             if not self._answer.is_set():
@@ -162,7 +174,9 @@ class Follower:
         if self._stopped:
             return
         # Whoever has taken the lease since the last look must have found the request.
-        stood = self._looked and boot_time_s() - self._asked_s < WANT_TTL_S / 2
+        stood = self._looked and not self.lapsed
+        if self.active and self.lapsed:
+            self._expect_answer()
         if boot_time_s() - self._asked_s > WANT_RENEW_S:
             if not self._joined:
                 self._joined = True
@@ -176,14 +190,12 @@ class Follower:
             await self._note_free(head, sent_s)
             return
         record = head.record
+        acknowledged = self._leases.journal_id in record.acknowledged
         if not self.active:
             self.active = True
             if not stood:
-                if self._answer.is_set():  # else somebody waits for it
-                    self._answer = trio.Event()
-                self._answer_by_s = trio.current_time() + self._leases.rules.wait_s
+                self._expect_answer()
             log.info("%s: host %s writes it now, and is followed", self._image.name, record.host)
-        acknowledged = self._leases.journal_id in record.acknowledged
         if acknowledged and not self.acknowledged:
             log.info("%s: host %s commits each fsync to the store from now on", self._image.name, record.host)
         self.acknowledged = acknowledged
@@ -207,7 +219,7 @@ class Follower:
             return
         try:
             if await self._image.refresh():
-                self._changed()
+                self.changed()
         except StaleError as error:
             if not self._stopped:
                 log.info("%s: is followed no more: %s", self._image.name, error)
@@ -242,13 +254,15 @@ class Follower:
             await trio.sleep(ARM_S)
         while True:
             self._read = False
+            began_s = trio.current_time()
             try:
                 await self._looks.submit(None)
                 if self.active:
                     await self._refreshes.submit(None)
             except NovaError as error:
                 log.debug("%s: the lease can not be looked at: %s", self._image.name, error)
+            spent_s = trio.current_time() - began_s  # of a slow store: reads shall find a look that still counts
             while True:
-                await trio.sleep(POLL_S if self.active else LOOK_S)
+                await trio.sleep(POLL_S if self.active else max(POLL_S, LOOK_S - spent_s))
                 if self.active or self._read or boot_time_s() - self._asked_s > WANT_RENEW_S:
                     break

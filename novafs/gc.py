@@ -419,7 +419,7 @@ class _Collection:
 async def _remove_expired(changes: Changes, node_ids: Iterable[bytes], now_s: float) -> list[Entry]:
     """Take the names of images away whose time is over still; what they were."""
     found: list[Entry] = []
-    for node_id in node_ids:
+    for node_id in dict.fromkeys(node_ids):  # one that was moved while the names were walked was found twice
         try:
             current = await changes.get(node_id)
         except NotFoundError:

@@ -121,6 +121,8 @@ async def hand_off(volume: Volume, entry: Entry, target: str, *, timeout_s: floa
                 f"(with prefetch), and is that what `hostname` prints on it?"
             )
         for _ in range(RELEASE_TRIES):
+            if image.lease is not None:
+                await image.lease.settled()
             await image.commit()
             await image.release_lease()
             if image.lease is None:

@@ -210,6 +210,8 @@ class Image(ImageReader):
         """Handles opened before this incarnation wrote something that was then set aside: their fsync must fail."""
         self.incarnation = 0
         """Counts generations of other hosts that were taken over: a handle that was opened before must not write."""
+        self.adopted = 0
+        """Counts generations that were taken over, whether or not handles go on: who has pages of before has old ones."""
 
     @property
     def map_bytes(self) -> int:
@@ -412,6 +414,9 @@ class Image(ImageReader):
                 if not known and not (replaying and head.record.journal_id == journal_id):
                     raise StaleError(f"{self.name}: another host wrote the image since it was opened; close and reopen it")
                 self._adopt(head)
+                self.adopted += 1
+                if self.follower is not None:
+                    self.follower.changed()
             await self._check_seen()
             sequence = head.record.sequence
             if journal is not None and not replaying:
@@ -449,17 +454,20 @@ class Image(ImageReader):
         """Find out whether the handles that are open may go on with the newer generation that was taken over, if any; else they must
         not write, and who opens it from now on begins anew. Raises what reading raises."""
         follower = self.follower
-        if follower is None or not follower.moved:
+        if follower is None:
             return True
-        follower.moved = False
-        try:
-            holds = await follower.seen.holds(super().read)
-        except BaseException:
-            follower.moved = True
-            raise
-        if not holds:
-            self._note_stale()
-        return holds
+        async with follower.settling:  # a write must not pass by a look that is not done
+            if not follower.moved:
+                return True
+            follower.moved = False
+            try:
+                holds = await follower.seen.holds(super().read)
+            except BaseException:
+                follower.moved = True
+                raise
+            if not holds:
+                self._note_stale()
+            return holds
 
     def _note_stale(self) -> None:
         """No handle that is open now may write any more; what is opened from here on begins anew."""
@@ -929,6 +937,7 @@ class Image(ImageReader):
             if not self._is_own_fence(head.record) and not self._is_followed():
                 self._note_stale()
             self._adopt(head)
+            self.adopted += 1
             return True
 
 

@@ -220,7 +220,7 @@ class ImageReader:
             parts = []
             for at in range(offset, offset + length, READ_BATCH_MAX):
                 wanted = min(READ_BATCH_MAX, offset + length - at)
-                parts.append(await self.read(at, wanted))
+                parts.append(await ImageReader.read(self, at, wanted))
                 if len(parts[-1]) < wanted:
                     break  # cut meanwhile: what it may have grown to since does not follow on this
             return b"".join(parts)

@@ -285,6 +285,8 @@ class LeaseManager:
         """Requests of others: when the store says they were renewed last, and when that was first seen here."""
         self._askers: dict[bytes, int] = {}
         """How many here ask for the lease of an image by the one request that this host has: `acquire`, and a follower."""
+        self._withdrawing: dict[bytes, trio.Event] = {}
+        """Images whose request is being taken back: who asks anew meanwhile does so after that."""
         self.curious: dict[bytes, list[bytes]] = {}
         """Of the last `wants`: journals that ask for what is hot in an image alone."""
 
@@ -332,6 +334,8 @@ class LeaseManager:
 
     async def ask(self, image_id: bytes) -> None:
         """Ask the holder of a lease for it; to be renewed every `WANT_RENEW_S`. Raises what the store raises."""
+        while (gone := self._withdrawing.get(image_id)) is not None:
+            await gone.wait()
         await self._client.put(want_name(image_id, self.journal_id), self.request(image_id))
 
     def request(self, image_id: bytes) -> bytes:
@@ -344,13 +348,16 @@ class LeaseManager:
         if left:
             self._askers[image_id] = left
             return
-        with trio.move_on_after(WITHDRAW_S, shield=True):
-            try:
+        if image_id in self._withdrawing:
+            return  # who has joined since that began has not asked yet
+        self._withdrawing[image_id] = trio.Event()
+        try:
+            with trio.move_on_after(WITHDRAW_S, shield=True):
                 await self._client.delete(want_name(image_id, self.journal_id))
-                if image_id in self._askers:
-                    await self.ask(image_id)  # of who has come meanwhile, and may have asked before that was gone
-            except NovaError as error:
-                log.warning("the request for the lease of image %s stays behind: %s", image_id.hex(), error)
+        except NovaError as error:
+            log.warning("the request for the lease of image %s stays behind: %s", image_id.hex(), error)
+        finally:
+            self._withdrawing.pop(image_id).set()
 
     async def holder(self, image_id: bytes) -> LeaseRecord | None:
         """The lease that another host holds, None where none does. Raises what the store raises."""

@@ -166,6 +166,7 @@ class Prefetcher:
         with harmless():
             self._work_off()
             self.engine.unlearn(image.watch_number)
+            self.around.forget(image.watch_number)
 
     def read_last(self, image: ImageReader, most: int) -> list[int]:
         """The chunks of an image that were read last, as far as they are remembered: the last one first."""
@@ -412,13 +413,17 @@ class Prefetcher:
         soon = [one for one in places if after < one[0] <= after + SOON]
         rest = [one for one in places if not after < one[0] <= after + SOON]
         for part in (soon, rest):
-            if part:
-                self.around.asked(image.watch_number, len(part))
-                self.pacer.sent(len(part))
-                self._requests += 1
-                self._nursery.start_soon(self._fetch_around, image.watch_number, part)
+            # What is far apart in the pack takes a request each: no more of them than are free, those that bring most.
+            runs = plan_runs([reference for _, reference in part])
+            runs = sorted(runs, key=lambda run: -len(run.members))[: max(0, self._requests_max - self._requests)]
+            if runs:
+                kept = [part[at] for at in sorted(at for run in runs for at in run.members)]
+                self.around.asked(image.watch_number, len(kept))
+                self.pacer.sent(len(kept))
+                self._requests += len(runs)
+                self._nursery.start_soon(self._fetch_around, image.watch_number, kept, len(runs))
 
-    async def _fetch_around(self, number: int, places: list[tuple[Place, Reference]]) -> None:
+    async def _fetch_around(self, number: int, places: list[tuple[Place, Reference]], requests: int) -> None:
         began_s, arrived, timed_out = trio.current_time(), 0, False
         missing = {place for place, _ in places}
         try:
@@ -426,7 +431,7 @@ class Prefetcher:
         except Exception:
             log.exception("prefetch: a mistake in NovaFS; please report it. Reads go on without")
         finally:
-            self._requests -= 1
+            self._requests -= requests
             if arrived < len(places):
                 self.pacer.failed(len(places) - arrived, trio.current_time(), timed_out=timed_out)
         if arrived:

@@ -699,6 +699,8 @@ class Volume:
             image = await self.open_image(node_id)
             try:
                 await image.set_mtime(mtime_ns)
+                if node_id not in self._writers:
+                    await self.let_go(image)  # readers may keep it open for long
             finally:
                 await self.close_image(image)
         changes: dict[str, object] = {
@@ -870,11 +872,13 @@ class Volume:
     async def _run_follower(self, follower: Follower, node_id: bytes) -> None:
         try:
             await follower.run()
-        except Exception:  # a mistake here must not end the volume; each read still looks for a newer generation
-            log.exception("following an image of another host: a mistake in NovaFS; please report it")
+        except Exception:  # a mistake here must not end the volume
+            log.exception("following an image of another host: a mistake in NovaFS; please report it. It is tried again")
         finally:
             if follower.failed:
                 self._writers.pop(node_id, None)
+            if (image := self._images.get(node_id)) is not None:
+                image.unfollow(follower)  # `follow_again` begins anew
             if self._followers.get(node_id) is follower:
                 del self._followers[node_id]
 
@@ -884,7 +888,7 @@ class Volume:
             image = self._images.get(node_id)
             if image is None or node_id in self._unlinked:
                 del self._writers[node_id]
-            elif image.lease is None and not image.leaving and image.follower is None:
+            elif image.lease is None and image.follower is None:
                 self._start_follower(image, Seen(everything=True))
 
     def _stop_following(self, image: Image) -> None:
@@ -918,6 +922,8 @@ class Volume:
         self._let_go.discard(image.node_id)
 
     async def _release_let_go(self, image: Image) -> None:
+        if image.lease is not None:
+            await image.lease.settled()  # an fsync that comes after the close finds it
         if image.node_id in self._let_go and not image.dirty:
             await image.release_lease()
             if image.lease is None and not image.leaving:
@@ -933,6 +939,10 @@ class Volume:
         try:
             if unlinked and not await image.discard():
                 return  # opened again meanwhile
+            if not unlinked and image.lease is not None and image.lease.settles_s is not None:
+                await image.lease.settled()
+                if image.handles or image.dirty:
+                    return
             await image.release_lease()
         except NovaError as error:
             log.warning("%s: its lease is given back later: %s", image.name, error)

@@ -173,6 +173,8 @@ class Core(pyfuse3.Operations):
     async def _borrowed(self, node: Node) -> AsyncIterator[Image]:
         """The image for one call, closed (and so committed, unless others have it open) afterwards."""
         image = await self._catalog.open_image(node.entry.node_id)
+        if not node.handles:
+            node.adopted = image.adopted if image.generation == node.cached_generation else -1
         try:
             yield image
             if not self._is_written(image):
@@ -188,9 +190,12 @@ class Core(pyfuse3.Operations):
 
     async def _close(self, node: Node, image: Image) -> None:
         await self._volume.close_image(image)
-        # While handles were open all changes went through this kernel: what it has is what the image is now.
-        node.size_told = image.size
-        node.generation_told = node.cached_generation = image.generation
+        if node.adopted == image.adopted:
+            # While handles were open all changes went through this kernel: what it has is what the image is now.
+            node.size_told = image.size
+            node.generation_told = node.cached_generation = image.generation
+        else:
+            node.size_told, node.generation_told, node.cached_generation = -1, None, None
 
     def _is_written(self, image: Image) -> bool:
         """Whether somebody here has it open for writing, or is just opening it."""

@@ -155,14 +155,19 @@ class NovaOperations(DirectoryHandlers, XattrHandlers):
         if writable and entry.kind is Kind.SNAPSHOT:
             raise ReadOnlyError(f"{self._path(node)}: is a snapshot")
         before = node.image if node.handles else None
-        size_told, generation_before = (before.size, before.generation) if before is not None else (node.size_told, -1)
+        current = before is not None and before.adopted == node.adopted
+        size_told, generation_before = (before.size, before.generation) if before is not None and current else (node.size_told, -1)
         held = False
-        if writable:
-            image, held = await self._volume.open_to_write(entry.node_id)
-        else:
-            image = await self._catalog.open_image(entry.node_id)
-            if flags & os.O_DIRECT:
-                self._volume.look_ahead(image)
+        try:
+            if writable:
+                image, held = await self._volume.open_to_write(entry.node_id)
+            else:
+                image = await self._catalog.open_image(entry.node_id)
+        except NotFoundError:
+            # Only a handle that is being closed just now had it open. As in `_refresh`: the kernel is to look the name up once more.
+            raise StaleError(f"{entry.name}: was removed") from None
+        if flags & os.O_DIRECT and not writable:
+            self._volume.look_ahead(image)
         # No checkpoint between here and the end, but for following, truncation, failures and the invalidation.
         continuous = before is image and node.handles > 0
         same = continuous and image.generation == generation_before
@@ -170,17 +175,26 @@ class NovaOperations(DirectoryHandlers, XattrHandlers):
             node.retried.add(ctx.pid)
             await self._volume.close_image(image)
             raise StaleError(f"{self._path(node)}: the kernel takes it to have {size_told} bytes, it has {image.size}")
-        node.retried.discard(ctx.pid)
         if writable:
+            size_before, adopted_before = image.size, image.adopted
             await self._follow(node, image, held=held)
+            if image.adopted != adopted_before and image.size != size_before and not flags & os.O_TRUNC and ctx.pid not in node.retried:
+                node.retried.add(ctx.pid)
+                await self._undo_open(image)
+                raise StaleError(f"{self._path(node)}: the kernel takes it to have {size_before} bytes, it has {image.size}")
             continuous = node.image is image and node.handles > 0
             same = same and continuous and image.generation == generation_before
+        node.retried.discard(ctx.pid)
         # Of what another host writes none: a read that the kernel answers by itself would be noted by nobody.
         keep = not held and (same or (not continuous and image.generation == node.cached_generation))
         known = same or image.generation == node.generation_told
         if writable and keep and not flags & os.O_DIRECT:
             keep = self._volume.may_keep(image)
-        node.cached_generation = image.generation
+        if writable and flags & os.O_APPEND and image.follower is not None:
+            image.follower.seen.everything = True  # the kernel writes at the end that it knows, where another host may have written since
+        generation, adopted = image.generation, image.adopted
+        if not keep:
+            node.adopted = -1  # until this is answered
         fh = self._add_handle(node, image, flags)
         try:
             if flags & os.O_TRUNC:
@@ -192,6 +206,8 @@ class NovaOperations(DirectoryHandlers, XattrHandlers):
             node.handles -= 1
             await self._undo_open(image)
             raise
+        # Only now: the kernel drops what it has when it has this answer.
+        node.cached_generation, node.adopted = generation, adopted
         return pyfuse3.FileInfo(fh=fh, keep_cache=keep)
 
     async def _follow(self, node: Node, image: Image, *, held: bool) -> None:
@@ -237,7 +253,7 @@ class NovaOperations(DirectoryHandlers, XattrHandlers):
             except BaseException:
                 self._nodes.forget(node.inode, 1)
                 raise
-        node.cached_generation = image.generation
+        generation, adopted = image.generation, image.adopted
         fh = self._add_handle(node, image, flags)
         try:
             if flags & os.O_TRUNC and image.size:
@@ -249,6 +265,7 @@ class NovaOperations(DirectoryHandlers, XattrHandlers):
             self._nodes.forget(node.inode, 1)
             await self._undo_open(image)
             raise
+        node.cached_generation, node.adopted = generation, adopted
         return pyfuse3.FileInfo(fh=fh, keep_cache=False), attributes
 
     async def read(self, fh: int, off: int, size: int) -> bytes:

@@ -32,6 +32,7 @@ class Node:
     """
 
     __slots__ = (
+        "adopted",
         "cached_generation",
         "entry",
         "generation_told",
@@ -59,6 +60,8 @@ class Node:
         self.generation_told: int | None = None
         # The generation that the kernel's pages are of while no handle is open; None: it can have none worth keeping.
         self.cached_generation: int | None = None
+        # While handles are open: `image.adopted` as of what the kernel's pages and size are of; -1: older ones may be among them.
+        self.adopted = -1
         # Threads whose open was answered with ESTALE, so that they look the name up again. See `NovaOperations.open`.
         self.retried: set[int] = set()
 

@@ -97,6 +97,7 @@ for _command in (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status. The console script's entry point."""
+    _complete_streams()
     if arguments is None:
         hide_arguments()
     try:
@@ -110,6 +111,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.code if isinstance(error.code, int) else 1
     except BaseException as error:
         return _failed(error)
+
+
+def _complete_streams() -> None:
+    """What was closed by the caller (`>&-`) becomes /dev/null: a file that is opened next must not get its number."""
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number: this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(fd, "w" if fd else "r", encoding="utf-8", closefd=False))  # noqa: SIM115  # for good
 
 
 def _failed(error: BaseException) -> int:

@@ -10,6 +10,7 @@ about, with what its chunks took of L1 and L2; only `kill -9` leaves it, and the
 from __future__ import annotations
 
 import errno
+import math
 import os
 import re
 import secrets
@@ -113,6 +114,8 @@ def bench(target: str, works: tuple[str, ...], size: str | None, seconds: float,
     unknown = [name for name in chosen if name not in WORKS]
     if unknown:
         raise ConfigError(f"--work {unknown[0]}: is none; choose of {', '.join(WORKS)}")
+    if math.isnan(seconds):  # within every range, and never over
+        raise ConfigError("--seconds nan: expected a number of seconds")
     size_bytes = None
     if size is not None:
         size_bytes = parse_size(size)
@@ -176,6 +179,12 @@ def _place(target: str, settings: Settings, ending: _Ending) -> Iterator[Place]:
         root = (_ask(state_dir, "stats").get("mount") or {}).get("mountpoint")
         if root is None:
             raise BusyError(f"{target} is in use on this host by a program that has not mounted it: end that, or have it measure itself")
+        if Path(root).name.startswith(PREFIX):
+            # Its owner takes it away at the end, whoever is at work in it.
+            raise BusyError(
+                f"{target} is mounted at {root} by another bench, for the time being: wait for its end; "
+                f"if it was killed: 'novafs umount {root}'"
+            )
         yield Place(Path(root), Path(root), state_dir, temporary=False)
         return
     root = Path(tempfile.mkdtemp(prefix=PREFIX))
@@ -188,8 +197,11 @@ def _place(target: str, settings: Settings, ending: _Ending) -> Iterator[Place]:
 
 
 def _take_away(root: Path) -> None:
-    if mount_at(root) is not None:
-        unmount(str(root))
+    try:
+        if mount_at(root) is not None:
+            unmount(str(root))
+    except NovaError as error:  # what was measured is told all the same
+        common.say(f"{error}; then 'novafs umount {root}'", error=True)
     with suppress(OSError):
         root.rmdir()
 
@@ -361,11 +373,18 @@ class _Shown:
         if now_s < self._from_s or (title == self._title and now_s < self._next_s):
             return
         self._title, self._next_s, self._shown = title, now_s + SHOW_EACH_S, True
-        print(f"\r\x1b[K{common.printable(title)}: {share:.0%}", end="", file=sys.stderr, flush=True)
+        self._tell(f"{common.printable(title)}: {share:.0%}")
 
     def end(self) -> None:
         if self._shown:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            self._tell("")
+
+    def _tell(self, text: str) -> None:
+        try:
+            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+        except OSError:  # the terminal was closed: what is made must be removed all the same
+            self._on = self._shown = False
+            os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), sys.stderr.fileno())
 
 
 # --- the result -----------------------------------------------------------------------------------------------

@@ -75,6 +75,10 @@ class ReadAround:
         first = index - index % size
         return range(first, first + size)
 
+    def forget(self, image: int) -> None:
+        """Take an image for one that was never read."""
+        self._credit.pop(image, None)
+
     def asked(self, image: int, chunks: int) -> None:
         """So many chunks of a region are being fetched."""
         self._credit[image] = self._credit.get(image, CREDIT) - chunks
@@ -90,7 +94,7 @@ class ReadAround:
     def took(self, seconds: float, latency_s: float) -> None:
         """How long a region took from being asked for to its last chunk, and what a demand read takes."""
         if seconds > SLOW * latency_s:
-            self._cap = max(CHUNKS_MIN, self._cap // 2)
+            self._cap = min(self._most, max(CHUNKS_MIN, self._cap // 2))  # switched off meanwhile, it stays so
         else:
             self._cap = min(self._most, self._cap + 1)
 
@@ -104,7 +108,9 @@ class ReadAround:
         image = self._held.pop(key, None)
         if image is not None:
             self.used_chunks += 1
-            self._credit[image] = min(CREDIT, self._credit.get(image, 0.0) + EARNS)
+            credit = self._credit.get(image)
+            if credit is not None:  # of one whose account was given up nothing is remembered
+                self._credit[image] = min(CREDIT, credit + EARNS)
 
     def evicted(self, keys: Iterable[Key]) -> None:
         """Contents left the cache."""

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import trio
 
-from novafs.cli.bench import PREFIX, _host
+from novafs.cli.bench import PREFIX, _host, _Shown
 from novafs.control import call
 from novafs.statedir import CONTROL_SOCKET, holder
 from tests.support.cli_fixtures import Cli
@@ -144,13 +144,58 @@ def test_an_interrupted_bench_takes_its_mount_away(tmp_path: Path) -> None:
     temporary.mkdir()
     options = ("--state-dir", state, "--l2-url", "none", "--size", "1M", "--seconds", "600", "--work", "random")
     program = start(url, *options, temporary=temporary)
-    while not list(temporary.glob(f"*/{PREFIX}*/bench.raw")):
+    while not (found := list(temporary.glob(f"*/{PREFIX}*/bench.raw"))):
         assert program.poll() is None, program.communicate()
+    root = found[0].parents[1]
+    # It is nobody else's: at its end it would be taken away from under them.
+    status, out, err = bench(url, *options, temporary=temporary)
+    assert (status, out) == (1, "")
+    assert err.startswith(f"novafs: {url} is mounted at {root} by another bench, for the time being: wait for its end; ")
     program.send_signal(signal.SIGINT)
     status, _, err = ended(program)
     assert (status, err.strip()) == (130, INTERRUPTED)
     assert list(temporary.iterdir()) == []
     assert holder(state) is None
+
+
+def test_a_mount_of_its_own_that_is_in_use_is_told(tmp_path: Path, command: Cli) -> None:
+    url = trio.run(lambda: make_volume(f"file://{tmp_path / 'store'}"))
+    temporary, state = tmp_path / "tmp", tmp_path / "state"
+    temporary.mkdir()
+    options = ("--state-dir", state, "--l2-url", "none", "--size", "1M", "--seconds", "600", "--work", "random")
+    program = start(url, *options, temporary=temporary)
+    while not (found := list(temporary.glob(f"*/{PREFIX}*/bench.raw"))):
+        assert program.poll() is None, program.communicate()
+    root = found[0].parents[1]
+    guest = os.open(root, os.O_RDONLY)
+    program.send_signal(signal.SIGINT)
+    status, _, err = ended(program)
+    os.close(guest)
+    try:
+        # It is no failure of what was measured, which is told all the same where nobody interrupts.
+        assert status == 130, err
+        told, interrupted = filter(None, err.splitlines())  # an empty line is click's
+        assert told.startswith(f"novafs: {root} is in use: ")
+        assert told.endswith(f"; then 'novafs umount {root}'")
+        assert interrupted == INTERRUPTED
+        assert os.listdir(root) == []
+    finally:
+        command.run("umount", root)
+    assert holder(state) is None
+
+
+def test_a_terminal_that_was_closed_keeps_nothing_from_being_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    master, slave = os.openpty()
+    with open(slave, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        for ended_by in ("a step", "the end"):
+            shown = _Shown()
+            shown._from_s = 0.0
+            shown("reading", 0.1)
+            if ended_by == "a step":
+                os.close(master)
+                shown("writing", 0.2)
+            shown.end()
 
 
 def test_a_wrong_byte_is_told_and_is_a_failure(plain: Mount) -> None:
@@ -179,6 +224,7 @@ def test_what_is_wrong_is_said_in_one_line(plain: Mount, tmp_path: Path, command
     (plain.path / left).mkdir()
     for arguments, status, said in (
         ((plain.path, "--work", "raed"), 2, "--work raed: is none; choose of write, read, "),
+        ((plain.path, "--seconds", "nan"), 2, "--seconds nan: expected a number of seconds"),
         ((plain.path, "--size", "5000"), 2, "--size 5000: expected a multiple of 1 MiB"),
         ((plain.path, "--size", "3000TiB"), 1, "a bench of 2.9 PiB needs 3.7 PiB, and the volume has "),
         ((plain.path / "missing",), 1, f"{plain.path / 'missing'}: is no directory of the mount at {plain.path}"),

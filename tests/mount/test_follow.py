@@ -451,3 +451,53 @@ def test_a_target_does_not_read_by_itself_what_the_kernel_has_of_before(pair: Pa
         os.pwrite(target, block(3), 501 * BLOCK)
     assert caught.value.errno == errno.ESTALE
     os.close(target)
+
+
+@pytest.mark.parametrize("how", ["utime", "getxattr", "truncate"])
+@pytest.mark.parametrize("reading", [True, False])
+def test_an_open_finds_what_was_closed_elsewhere_although_something_else_has_looked_before(
+    pair: Pair, disk: str, how: str, reading: bool
+) -> None:
+    """semantics: S8. What takes a newer generation over without an open leaves the kernel's pages as they are."""
+    one, two = pair
+    path = two.path / disk
+    wait_until(path.exists, "the name is known")
+    reader = os.open(path, os.O_RDONLY)
+    assert os.pread(reader, BLOCK, 500 * BLOCK) == bytes(BLOCK)
+    if not reading:
+        os.close(reader)
+    source = Disk(one, disk)
+    source.write(500, 1)
+    source.close()
+    wait_until(lambda: held(one) == 0, "the source gives the lease back")
+    if how == "utime":
+        os.utime(path, ns=(1, 1))
+    elif how == "getxattr":
+        os.getxattr(path, "user.novafs.dedup_ratio")
+    else:
+        os.truncate(path, SIZE)
+    with path.open("rb") as file:
+        assert os.pread(file.fileno(), BLOCK, 500 * BLOCK) == block(1)
+    if reading:
+        os.close(reader)
+
+
+def test_who_appends_and_waits_writes_over_nothing_that_was_appended_elsewhere(pair: Pair, disk: str) -> None:
+    """semantics: S13. The kernel computes the offset from the size that it knows."""
+    one, two = pair
+    name = disk + ".log"
+    source = os.open(one.path / name, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    wait_until((two.path / name).exists, "the name is known")
+    target = os.open(two.path / name, os.O_WRONLY | os.O_APPEND)
+    os.write(source, b"source\n")
+    os.fsync(source)
+    os.close(source)
+    wait_until(lambda: held(one) == 0, "the source gives the lease back")
+    with contextlib.suppress(OSError):
+        os.write(target, b"target\n")
+    os.close(target)
+    assert (two.path / name).read_bytes() in (b"source\n", b"source\ntarget\n")
+    with (two.path / name).open("ab") as file:
+        file.write(b"target\n")
+    assert (two.path / name).read_bytes().endswith(b"target\n")
+    assert (two.path / name).read_bytes().startswith(b"source\n")

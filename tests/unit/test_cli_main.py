@@ -198,3 +198,10 @@ def test_what_stderr_is_does_not_matter(command: Cli, monkeypatch: pytest.Monkey
     monkeypatch.setattr(os, "dup2", dup2)
     monkeypatch.setattr(sys, "stderr", Gone())
     common.say("to nobody")
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_stream_that_is_closed_does_not_matter(local_volume: LocalVolume, closed: str) -> None:
+    command = [sys.executable, "-m", "novafs.cli", "info", local_volume.url, *local_volume.options]
+    result = subprocess.run(["sh", "-c", f'"$@" {closed}', "sh", *command], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")

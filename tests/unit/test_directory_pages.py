@@ -12,6 +12,7 @@ import trio
 
 from novafs.catalog import Changes
 from novafs.catalogtree import PAGE_BYTES, ROOT_ID, Entry, Kind, Snapshot, cut_again, encode_entries, page_bounds
+from novafs.chunk import Reference
 from novafs.errors import TooLargeError
 from tests.support.engine import fresh_volume, make_volume, opened
 
@@ -145,5 +146,51 @@ def test_a_directory_of_pages_that_another_host_changes_is_as_it_was_stored(tmp_
                     for e in await reader.catalog.list(node_id):
                         assert await reader.catalog.get(e.node_id) == e
                         assert reader.catalog.path_of(e) == f"{('one', 'two')[ids.index(node_id)]}/{e.name}"
+
+    trio.run(main)
+
+
+def test_a_name_that_is_looked_up_is_known_whichever_directory_was_loaded_last(tmp_path: Path) -> None:
+    """A slow look at the directory that a name was moved out of ended after the look at the one that it was moved to: it was listed
+    there, and could not be opened, until its page changed."""
+
+    async def main() -> None:
+        url = await make_volume(f"file://{tmp_path / 'store'}")
+        async with opened(url, tmp_path / "a") as a, opened(url, tmp_path / "b") as b:
+            old, new = [(await b.mkdir(ROOT_ID, name)).node_id for name in ("old", "new")]
+
+            async def fill(changes: Changes) -> None:
+                for node_id in (old, new):
+                    await changes.entries(node_id)
+                    for e in entries(600, 0):
+                        changes.set(msgspec.structs.replace(e, parent_id=node_id, node_id=os.urandom(16)))
+
+            await b.catalog.change(fill)
+            for name in ("old", "new"):
+                await a.catalog.list((await a.catalog.resolve(name, max_age_s=0)).node_id)
+            moved = await b.create(old, "moved")
+            fetch, may_go_on, fetching = a.catalog._fetch, trio.Event(), trio.Event()
+
+            async def slow(references: list[Reference]) -> list[bytes]:
+                found = await fetch(references)
+                fetching.set()
+                await may_go_on.wait()
+                return found
+
+            async with trio.open_nursery() as nursery:
+                a.catalog._fetch = slow  # type: ignore[assignment]
+                nursery.start_soon(lambda: a.catalog.list(old, max_age_s=0))
+                await fetching.wait()
+                a.catalog._fetch = fetch
+                await b.rename(old, "moved", new, "moved")
+                await a.catalog.list(new, max_age_s=0)
+                may_go_on.set()
+            assert "moved" not in [e.name for e in await a.catalog.list(old)]
+            looks = (a.catalog.lookup(new, "moved"), a.catalog.resolve("new/moved"))
+            for found in [await look for look in looks]:
+                assert await a.catalog.get(moved.node_id) == found
+            del a.catalog._places[moved.node_id]
+            assert moved.node_id in [e.node_id for e in await a.catalog.list(new)]
+            assert (await a.catalog.get(moved.node_id)).parent_id == new
 
     trio.run(main)

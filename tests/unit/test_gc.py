@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from novafs.catalog import Changes
 from novafs.catalogtree import ROOT_ID
 from novafs.condemned import read_condemned
 from novafs.errors import ConfigError, StoreDeniedError
@@ -249,6 +250,29 @@ def test_an_image_whose_time_is_over_loses_its_name(tmp_path: Path) -> None:
                 world.sleep(2 * HOUR)
                 assert (await collect(volume)).expired == ["d/longer"]
                 assert {e.name async for e in volume.catalog.walk()} == {"d", "forever"}
+
+    run(main)
+
+
+def test_an_image_that_is_found_under_two_names_loses_one_of_them_and_ends_no_collection(tmp_path: Path) -> None:
+    """By a mistake, or since another host moved it while the names were walked."""
+
+    async def main() -> None:
+        world = World(tmp_path)
+        with world.running():
+            async with world.host("a") as volume:
+                now_s = await volume.client.clock_s()
+                entry = await volume.create(ROOT_ID, "one", expires_s=now_s + HOUR)
+
+                async def name_twice(changes: Changes) -> None:
+                    await changes.entries(ROOT_ID)
+                    changes.set(msgspec.structs.replace(entry, name="two"))
+
+                await volume.catalog.change(name_twice)
+                world.sleep(2 * HOUR)
+                gone = [await collect(volume) for _ in range(2)]
+                assert sorted(len(report.expired) for report in gone) == [1, 1]
+                assert [e async for e in volume.catalog.walk()] == []
 
     run(main)
 

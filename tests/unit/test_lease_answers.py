@@ -10,7 +10,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from novafs.errors import LeaseHeldError
-from novafs.lease import PREFIX, Lease, LeaseManager, LeaseRules
+from novafs.lease import PREFIX, WANTS_PREFIX, Lease, LeaseManager, LeaseRules
 from novafs.objectstore.client import StoreClient
 from novafs.objectstore.url import create_root, open_store
 from novafs.writeback import WritebackController, WritebackRules
@@ -61,7 +61,7 @@ def test_a_host_that_slept_over_an_answer_does_not_take_a_live_lease(tmp_path: P
 
 
 class Gate(StoreClient):
-    """Stops before the next put of a heartbeat."""
+    """Stops before the next put of a heartbeat, or delete of a request."""
 
     reached: trio.Event | None = None
     opened: trio.Event | None = None
@@ -72,6 +72,12 @@ class Gate(StoreClient):
             reached.set()
             await opened.wait()
         await super().put(name, data)
+
+    async def delete(self, name):
+        if self.reached is not None and self.opened is not None and name.startswith(WANTS_PREFIX):
+            self.reached.set()
+            await self.opened.wait()
+        await super().delete(name)
 
 
 B = b"b" * 16
@@ -183,6 +189,36 @@ def test_a_write_that_gives_up_waiting_does_not_take_a_followers_request_back(tm
         with pytest.raises(LeaseHeldError):
             await theirs.acquire(image, "x")
         assert await mine.wants() == {image: [B]}
+        await theirs.withdraw(image)
+        assert await mine.wants() == {}
+
+    trio.run(main)
+
+
+def test_who_asks_while_a_request_is_being_taken_back_asks_after_that(tmp_path: Path) -> None:
+    """semantics: S22. Else it would look at the lease while its request is about to go, and who takes that would not know of it."""
+
+    async def main() -> None:
+        gate, theirs, mine = await two_managers(tmp_path)
+        image = b"i" * 16
+        theirs.join(image)
+        await theirs.ask(image)
+        gate.reached, gate.opened = trio.Event(), trio.Event()
+        asked = trio.Event()
+
+        async def ask() -> None:
+            theirs.join(image)
+            await theirs.ask(image)
+            asked.set()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(theirs.withdraw, image)
+            await gate.reached.wait()
+            nursery.start_soon(ask)
+            await wait_all_tasks_blocked(0.05)
+            assert not asked.is_set()
+            gate.opened.set()
+        assert await mine.wants() == {image: [theirs.journal_id]}
         await theirs.withdraw(image)
         assert await mine.wants() == {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 from pathlib import Path
@@ -11,9 +12,10 @@ import pytest
 import trio
 import trio.testing
 
+from novafs.cache.packs import PackSource
 from novafs.catalogtree import ROOT_ID
 from novafs.image import Image
-from novafs.prefetch.around import CACHE_SHARE, CREDIT, EARNS, ReadAround
+from novafs.prefetch.around import CACHE_SHARE, CREDIT, EARNS, IMAGES_MAX, ReadAround
 from novafs.prefetch.pacer import Pacer
 from novafs.volume import Volume
 from tests.support.engine import make_volume, opened
@@ -142,6 +144,13 @@ async def _read_far(volume: Volume, image: Image, chunks: list[int]) -> int:
     return waited
 
 
+@pytest.fixture(autouse=True)
+def _no_link_is_narrow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a volume: how long a region takes on a machine under load says nothing of a link."""
+    if "tmp_path" in request.fixturenames:
+        monkeypatch.setattr("novafs.prefetch.around.SLOW", math.inf)
+
+
 def _cold(store: Path, place: Path, chunks: list[int], **flags: str) -> tuple[int, dict[str, Any]]:
     """How many a first reader waits for, and prefetch's figures."""
 
@@ -182,3 +191,74 @@ def test_without_it_a_first_reader_waits_for_most_chunks(store: Path, tmp_path: 
 def test_random_reads_bring_a_bounded_number_of_chunks_in_vain(store: Path, tmp_path: Path) -> None:
     _, found = _cold(store, tmp_path / "a", random.Random(5).sample(range(0, CHUNKS, 32), CHUNKS // 32))
     assert found["around"]["arrived"] <= CREDIT + 32
+
+
+def test_a_region_that_comes_late_does_not_switch_it_on_again() -> None:
+    for most in (0, 4):
+        around = account()
+        around.retune(most_chunks=most)
+        around.took(10 * FAR_S, FAR_S)
+        assert not around.region(1, 70, FAR_S)
+
+
+def test_accounts_are_bounded_whoever_uses_what_came() -> None:
+    around = account()
+    for image in range(3 * IMAGES_MAX):
+        around.asked(image, len(around.region(image, 0, FAR_S)))
+        around.arrived(image, [image])
+    for image in range(3 * IMAGES_MAX):
+        around.used(image)
+    assert len(around._credit) <= IMAGES_MAX
+
+
+def test_an_image_that_is_unlearned_has_a_new_account(store: Path, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened(
+            f"file://{store / 'store'}", tmp_path / "a", prefetch=True, read_only=True, prefetch__read_around="2MiB"
+        ) as volume:
+            image = await volume.open_image((await volume.catalog.lookup(ROOT_ID, "one.raw")).node_id)
+            assert volume.prefetcher is not None
+            around = volume.prefetcher.around
+            while around.region(image.watch_number, 0, FAR_S):
+                around.asked(image.watch_number, 32)
+            volume.prefetcher.unlearn(image)
+            assert around.region(image.watch_number, 0, FAR_S)
+            await volume.close_image(image)
+
+    trio.run(main)
+
+
+def test_places_far_apart_in_the_pack_take_no_more_requests_than_prefetch_may_send(tmp_path: Path) -> None:
+    async def main() -> None:
+        url = await make_volume(f"file://{tmp_path / 'store'}")
+        async with opened(url, tmp_path / "setup") as volume:
+            image = await volume.open_image((await volume.create(ROOT_ID, "one.raw")).node_id)
+            await image.write(0, os.urandom(32 * CHUNK))
+            await image.commit()
+            for index in range(32):  # three of four in another pack: what stays has gaps between that no request spans
+                if index % 4:
+                    await image.write(index * CHUNK, os.urandom(CHUNK))
+            await volume.close_image(image)
+        async with opened(url, tmp_path / "a", prefetch=True, read_only=True, prefetch__read_around="2MiB") as volume:
+            image = await volume.open_image((await volume.catalog.lookup(ROOT_ID, "one.raw")).node_id)
+            prefetcher, source = volume.prefetcher, volume.cache._l3
+            assert prefetcher is not None
+            assert isinstance(source, PackSource)
+            prefetcher._requests_max = 2
+            prefetcher.pacer = FarPacer(4096, first=512)
+            await image.load_entries(range(32))
+            prefetcher.pacer.demand(FAR_S, trio.current_time())
+            before = source.statistics().requests
+            await image.read(0, 4096)
+            while prefetcher._log:
+                await trio.testing.wait_all_tasks_blocked()
+            most = prefetcher._requests
+            assert most <= 2
+            await volume.cache.wait_idle()
+            while prefetcher._requests:
+                await trio.testing.wait_all_tasks_blocked()
+            assert prefetcher.pacer.in_flight == 0
+            assert source.statistics().requests - before <= 1 + 2
+            await volume.close_image(image)
+
+    trio.run(main)

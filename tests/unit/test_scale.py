@@ -366,6 +366,20 @@ def test_filling_the_index_costs_a_bounded_listing_and_reaches_every_pack_in_the
     run(main)
 
 
+def test_an_index_with_room_is_not_taken_for_full_by_the_size_of_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row takes more of the file than its 61 bytes: what is half full seems almost full; it is counted then, once."""
+    index = DedupIndex(tmp_path / "d.sqlite", chunks_max=100_000)
+    index.record(references(2000))
+    index.close()
+    index = DedupIndex(tmp_path / "d.sqlite", chunks_max=100_000)
+    index._chunks_max = index._rows_max + 1  # so the estimate is within the last sixteenth
+    assert len(index) < index._room < index._rows_max
+    assert index.has_room()
+    monkeypatch.setattr(dedup, "_count", None)
+    assert index.has_room()
+    index.close()
+
+
 def test_use_of_a_large_volume_is_what_the_last_collection_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(volume_module, "USAGE_PACKS_MAX", 10)
 
