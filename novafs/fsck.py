@@ -246,6 +246,7 @@ class _Examination:
                 return
             more: dict[bytes, dict[int, Reference]] = {}
             for known in found.packs:
+                # mypy can not tell the type of a lambda that binds a name by its default.
                 over = set(known.frames_over(lambda rows, bad=bad: is_bad(found.forwards.resolve(rows), bad)))  # type: ignore[misc]
                 if lost := over - bad.get(known.pack_id, set()):
                     live = await self._live(known)

@@ -17,6 +17,7 @@ import os
 import select
 import socket
 import struct
+from contextlib import ExitStack
 from typing import Final
 
 import trio
@@ -49,17 +50,22 @@ def with_flag(request: bytes, answer: bytes) -> bytes:
 class Handshake:
     """Between the kernel and libfuse, once. Made before the session's loop begins; `run` beside it."""
 
-    def __init__(self, fd: int, request: bytes) -> None:
-        """fd: of the session. request: the kernel's INIT, which was read from it."""
+    def __init__(self, fd: int) -> None:
+        """fd: of the session, with the kernel's INIT to be read from it. Raises OSError, and has then changed nothing, or the session has
+        ended."""
         self._fd = fd
-        self._request = request
-        self._kernel = os.dup(fd)
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        ours.setblocking(False)
-        self._ours = ours
-        os.dup2(theirs.fileno(), fd, inheritable=False)
-        theirs.close()
-        ours.send(request)
+        with ExitStack() as undo:
+            # All that can be refused comes before INIT is read: it is there to be read once.
+            self._kernel = os.dup(fd)
+            undo.callback(os.close, self._kernel)
+            self._ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            undo.enter_context(self._ours)
+            with theirs:
+                self._request = os.read(fd, READ_BYTES)
+                undo.pop_all()
+                os.dup2(theirs.fileno(), fd, inheritable=False)
+        self._ours.setblocking(False)
+        self._ours.send(self._request)
 
     async def run(self) -> None:
         """Pass the answer on and give the session its connection back."""
@@ -96,7 +102,7 @@ def handshake(fd: int | None) -> Handshake | None:
     if not poll.poll(0):
         return None
     try:
-        request = os.read(fd, READ_BYTES)
-    except OSError:  # unmounted already
+        return Handshake(fd)
+    except OSError as error:  # no descriptors left, or unmounted already
+        log.debug("the handshake is left to libfuse: %s", error)
         return None
-    return Handshake(fd, request)

@@ -270,6 +270,7 @@ class S3Store(ObjectStore):
         for first in range(0, len(names), PAGE_MAX):
             batch = names[first : first + PAGE_MAX]
             try:
+                # mypy can not tell the type of a lambda that binds a name by its default.
                 self._call(lambda client, batch=batch: self._delete_batch(client, batch, errors), f"deleting {len(batch)} objects")  # type: ignore[misc]
             except NovaError as error:
                 errors.append(error)

@@ -38,7 +38,7 @@ class PromptConnection(_AtOnce, AWSHTTPConnection):  # type: ignore[misc]  # as 
     """For http."""
 
 
-class PromptTlsConnection(_AtOnce, AWSHTTPSConnection):  # type: ignore[misc]
+class PromptTlsConnection(_AtOnce, AWSHTTPSConnection):  # type: ignore[misc]  # as AWSHTTPSConnection itself
     """For https."""
 
 

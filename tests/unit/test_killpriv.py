@@ -109,3 +109,17 @@ def test_a_session_that_does_not_answer_has_its_connection_back(
 def test_without_a_request_and_without_a_session_nothing_is_done(connection: tuple[socket.socket, socket.socket]) -> None:
     assert handshake(None) is None
     assert handshake(connection[1].fileno()) is None
+
+
+def test_where_there_are_no_descriptors_left_init_stays_to_be_read(
+    connection: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel, session = connection
+    kernel.send(init())
+
+    def refused(*_: object) -> tuple[socket.socket, socket.socket]:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(socket, "socketpair", refused)
+    assert handshake(session.fileno()) is None
+    assert session.recv(4096) == init()
