@@ -34,6 +34,8 @@ PACK_ID_SIZE: Final = 16
 REFERENCE_SIZE: Final = 64
 
 _REFERENCE: Final = struct.Struct("<32s16sIIB7x")
+_LENGTH: Final = struct.Struct("<I")
+_LENGTH_AT: Final = 52
 _ZEROS: Final = bytes(64)
 
 HOLE_BYTES: Final = bytes(REFERENCE_SIZE)
@@ -69,6 +71,11 @@ class Reference(NamedTuple):
         """The reference at byte `at` of `raw`. Raises struct.error where `raw` is too short."""
         chunk_id, pack_id, offset, length, codec = _REFERENCE.unpack_from(raw, at)
         return cls(ChunkId(chunk_id), PackId(pack_id), offset, length, codec)
+
+
+def stored_bytes(raw: bytes) -> int:
+    """The length of the payload that a reference's 64 bytes name."""
+    return int(_LENGTH.unpack_from(raw, _LENGTH_AT)[0])
 
 
 def chunk_id(plain: bytes | bytearray | memoryview) -> ChunkId:

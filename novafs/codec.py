@@ -26,7 +26,7 @@ import difflib
 import struct
 import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import Final
 
@@ -48,6 +48,8 @@ _RATIO_DENOMINATOR: Final = 5
 _LZ4_HIGH_FROM: Final = 3
 """lz4.block's high-compression mode starts at 3; levels 1 and 2 are its default mode."""
 _ZSTD_DEFAULT_LEVEL: Final = 3
+_TOGETHER_MIN: Final = 4
+"""One call for several contents makes a Zstandard context of its own: of no use for fewer."""
 _GZIP_DEFAULT_LEVEL: Final = 6
 _GZIP_WINDOW_BITS: Final = 31
 """zlib's way to say: largest window, gzip header and trailer."""
@@ -104,9 +106,30 @@ def encode(plain: bytes, codec: Codec, level: int | None = None) -> Frame:
     if codec is Codec.HDE:
         raise ConfigError("codec hde needs the content that a chunk had before (see l3.delta): choose another one")
     payload = _compress(plain, codec, level)
-    if len(payload) * _RATIO_NUMERATOR > len(plain) * _RATIO_DENOMINATOR:
-        return Frame(Codec.NONE, plain)
-    return Frame(codec, payload)
+    return Frame(codec, payload) if _pays(len(payload), len(plain)) else Frame(Codec.NONE, plain)
+
+
+def encode_many(plains: Sequence[bytes | memoryview], codec: Codec, level: int | None = None) -> list[Frame]:
+    """The frames of several contents, in order; each is what `encode` makes of it, and nothing in it belongs to `plains` afterwards.
+
+    Zstandard compresses all of them in one call: the interpreter's lock is let go of and asked for again once, and not for each.
+    """
+    if codec is Codec.ZSTD and len(plains) >= _TOGETHER_MIN:
+        check_level(codec, level)
+        compressor = _zstd_compressor(level or _ZSTD_DEFAULT_LEVEL)
+        if hasattr(compressor, "multi_compress_to_buffer") and all(plains):  # the C module has it, and refuses what is empty
+            packed = compressor.multi_compress_to_buffer(list(plains), threads=1)
+            payloads = [packed[number] for number in range(len(packed))]
+            return [
+                Frame(codec, payload.tobytes()) if _pays(len(payload), len(plain)) else Frame(Codec.NONE, bytes(plain))
+                for payload, plain in zip(payloads, plains, strict=True)
+            ]
+    return [encode(bytes(plain), codec, level) for plain in plains]
+
+
+def _pays(length: int, plain_length: int) -> bool:
+    """The ratio rule."""
+    return length * _RATIO_NUMERATOR <= plain_length * _RATIO_DENOMINATOR
 
 
 def decode(codec: int, payload: bytes, plain_max: int) -> bytes:

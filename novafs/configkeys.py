@@ -513,7 +513,7 @@ KEYS: Final = (
     ),
     Key(
         "l1.codec", "l1.codec", CodecName(), "lz4",
-        "Codec of frames in L1.",
+        "Codec in which L1 compresses; what comes compressed stays as it came until it is read again.",
         "Memory per chunk against time per hit.",
     ),
     Key(
@@ -640,7 +640,7 @@ KEYS: Final = (
         "How much is prefetched in vain at most.", live=True,
     ),
     Key(
-        "prefetch.read_around", "prefetch.read_around_bytes", Size(minimum=0, maximum=64 * MIB), "2MiB",
+        "prefetch.read_around", "prefetch.read_around_bytes", Size(minimum=0, maximum=64 * MIB), "8MiB",
         "What is fetched around a chunk that a guest waits for, at most, while nothing is known of how its image is read and the store is "
         "far; as long as it pays. It counts for itself, and not as prefetch. 0: nothing.",
         "The first boot of an image that no host has booted; bytes that it reads in vain.", live=True,

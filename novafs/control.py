@@ -134,7 +134,14 @@ class ControlServer:
         handler = self._handlers.get(op) if isinstance(op, str) else None
         if handler is None:
             raise ConfigError(f"unknown operation {op!r}; known: {', '.join(sorted(self._handlers))}")
-        return await handler(request)
+        return await handler(_Request(request))
+
+
+class _Request(dict[str, Any]):
+    """What was asked. A key that it lacks is the asker's mistake, and no KeyError of ours."""
+
+    def __missing__(self, key: str) -> Any:
+        raise ConfigError(f"the operation {self['op']!r} needs {key!r}, and the request has only {', '.join(map(repr, sorted(self)))}")
 
 
 async def _ping(_request: Mapping[str, Any]) -> object:

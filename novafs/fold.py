@@ -4,8 +4,9 @@ Patches grow with every fsync (`novafs.patch`), and so do their uploads; sooner 
 and then a generation that names it. A fold stores the pack and the map's nodes ahead, beside the commits: the next of them has only
 to name the new map, and carries what has been written since.
 
-Always holds of a fold whose `base` is the image's map: `base` under `layer` under `since` is what the newest generation says. What was
-stored counts for nothing until a generation names it; a fold that is dropped leaves a pack that collection finds.
+Always holds of a fold whose `base` is the image's map (which may have grown holes at its end since the start, and `base` with it):
+`base` under `layer` under `since` is what the newest generation says. What was stored counts for nothing until a generation names it;
+a fold that is dropped leaves a pack that collection finds.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from time import perf_counter
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 import msgspec
 import numpy as np
@@ -52,7 +52,7 @@ from novafs.journalfile import Record, RecordKind
 from novafs.lease import Lease
 from novafs.packwriter import PacksLostError, PackWriter, UsedPacks
 from novafs.patch import extended, extents_of
-from novafs.revisions import Chain, ConflictError, Head, new_nonce
+from novafs.revisions import FRESH_S, Chain, ConflictError, Head, boot_time_s, new_nonce
 from novafs.seen import Seen
 
 log = logging.getLogger(__name__)
@@ -151,6 +151,19 @@ class CommitTicket:
         """Wait for it; None where it succeeded."""
         await self._done.wait()
         return self._error
+
+
+class _Committed(NamedTuple):
+    """A commit that succeeded: the head and the map from now on. same_map: that is the map of before, perhaps with holes at its end."""
+
+    head: Head[Generation]
+    state: MapState
+    same_map: bool = False
+
+
+class _Patched(NamedTuple):
+    generation: Generation
+    state: MapState
 
 
 def mistake(image: Image, error: Exception) -> BugError:
@@ -401,8 +414,12 @@ class Image(ImageReader):
     async def _fence(self, lease: Lease, replaying: bool) -> None:
         journal = self._writeback.journal
         journal_id = journal.journal_id if journal is not None else b""
+        # What was looked for at the open a moment ago: where somebody has committed since, this one conflicts.
+        fresh = not replaying and boot_time_s() - self._head.read_s < FRESH_S
+        looked: Head[Generation] | None = self._head if fresh else None
         while True:
-            head = await self._chain.head(self._head)
+            head = looked if looked is not None else await self._chain.head(self._head)
+            looked = None
             if head is None:
                 raise StaleError(f"{self.name}: the image was removed from the store")
             if head.record.epoch > lease.epoch:
@@ -687,7 +704,7 @@ class Image(ImageReader):
         )
         fold = self._going_fold()
         try:
-            head, state = await self._store_own(frozen, generation, lease, brief)
+            head, state, same_map = await self._store_own(frozen, generation, lease, brief)
         except BaseException:
             self._drop_fold()
             self._dirty_since_s = since_s
@@ -697,8 +714,11 @@ class Image(ImageReader):
             raise
         # Adopted in one step as well: no reader sees the new map without, or the old map with, the layers gone.
         del self._layers[: len(frozen)]
-        if fold is not None and (state is not fold.base or not fold.add(frozen, self.chunk_size)):
-            self._drop_fold()
+        if fold is not None:
+            if same_map and fold.add(frozen, self.chunk_size):
+                fold.base = state
+            else:
+                self._drop_fold()
         self._adopt(head, state)
         self._passed_over = False
         taken = sum(len(layer.chunks) for layer in frozen) * self.chunk_size
@@ -714,7 +734,7 @@ class Image(ImageReader):
             self._start_fold()
         return self.generation
 
-    async def _store_own(self, frozen: list[Layer], generation: Generation, lease: Lease, brief: bool) -> tuple[Head[Generation], MapState]:
+    async def _store_own(self, frozen: list[Layer], generation: Generation, lease: Lease, brief: bool) -> _Committed:
         """`_store`, again where the number was taken by an earlier try of our own whose answer was lost, and where a collection
         has overtaken it. Then without deltas: so much time may have passed that what they would be made against is gone."""
         for tried in itertools.count():
@@ -722,11 +742,11 @@ class Image(ImageReader):
             try:
                 if brief and (fold := self._going_fold()) is not None and fold.stored is not None:
                     if (patched := self._patched(fold.since, fold.stored.state, frozen, generation)) is not None:
-                        return await self._name(fold.stored, patched)
+                        return _Committed(*await self._name(fold.stored._replace(state=patched.state), patched.generation))
                 elif brief and (patched := self._patched(self._patch, self._state, frozen, generation)) is not None:
-                    return await self._store_patch(patched), self._state
+                    return _Committed(await self._store_patch(patched.generation), patched.state, same_map=True)
                 layers = [self._patch, *frozen] if self._patch is not None else frozen
-                return await self._store(layers, generation, deltas=not (tried or self._passed_over))
+                return _Committed(*await self._store(layers, generation, deltas=not (tried or self._passed_over)))
             except ConflictError as error:
                 self._drop_fold()
                 head = await self._chain.head()
@@ -784,14 +804,14 @@ class Image(ImageReader):
             return
         if self._patch is not None and worthwhile(self.head.patch):
             self._fold = Fold(self._state, self._patch)
-            self._writeback.start(partial(self._run_fold, self._fold, self.head))
+            self._writeback.start(partial(self._run_fold, self._fold, self._state, self.head))
 
-    async def _run_fold(self, fold: Fold, generation: Generation) -> None:
+    async def _run_fold(self, fold: Fold, base: MapState, generation: Generation) -> None:
         """Store what a fold is to give. Where that fails the patch stays, and the next commit that is none takes it along."""
         self._folding = True
         try:
             with fold.scope:
-                fold.stored = await self._store_map([fold.layer], generation, fold.base)
+                fold.stored = await self._store_map([fold.layer], generation, base)
         except NovaError as error:
             log.debug("%s: its patch was not folded into the map: %s", self.name, error)
             self._folds_after_s = trio.current_time() + FOLD_RETRY_S
@@ -803,14 +823,15 @@ class Image(ImageReader):
             if fold.stored is None and self._fold is fold:
                 self._fold = None
 
-    def _patched(self, under: Layer | None, state: MapState, frozen: list[Layer], generation: Generation) -> Generation | None:
-        """`generation` with the map `state`, and `under` and what the layers say over that as a patch, where it is one."""
-        if (generation.size + self.chunk_size - 1) // self.chunk_size != state.chunks:
+    def _patched(self, under: Layer | None, state: MapState, frozen: list[Layer], generation: Generation) -> _Patched | None:
+        """`generation` with the map `state`, as long as the image is, and `under` and what the layers say over that as a patch, where
+        it is one."""
+        grown = state.grown((generation.size + self.chunk_size - 1) // self.chunk_size)
+        layer = extended(under, frozen, self.chunk_size) if grown is not None else None
+        if grown is None or layer is None:
             return None
-        layer = extended(under, frozen, self.chunk_size)
-        if layer is None:
-            return None
-        return msgspec.structs.replace(generation, levels=state.levels, top=state.top, patch=extents_of(layer, self.chunk_size))
+        changes = {"levels": grown.levels, "top": grown.top, "patch": extents_of(layer, self.chunk_size)}
+        return _Patched(msgspec.structs.replace(generation, **changes), grown)
 
     async def _store_patch(self, generation: Generation) -> Head[Generation]:
         # It refers to nothing that the generation before it does not: no pack of it can be missing.

@@ -81,6 +81,19 @@ class MapState:
         levels = levels_for(chunks)
         return cls(chunks, levels, bytes(top_entries(chunks, levels) * REFERENCE_SIZE))
 
+    def grown(self, chunks: int) -> MapState | None:
+        """This map with holes at its end, `chunks` long, itself where it is as long; None where it would be shorter, or need a node that
+        is not stored. Nodes reach beyond the end, and are zeros there, so none of them changes."""
+        if chunks == self.chunks:
+            return self
+        if chunks < self.chunks:
+            return None
+        if levels_for(chunks) > self.levels:
+            return MapState.empty(chunks) if not self.top.strip(b"\0") else None
+        longer = MapState(chunks, self.levels, self.top.ljust(top_entries(chunks, self.levels) * REFERENCE_SIZE, b"\0"))
+        longer._nodes = [dict(nodes) for nodes in self._nodes]
+        return longer
+
     @property
     def loaded_bytes(self) -> int:
         """What the loaded nodes occupy, for the L1 cap."""
@@ -109,9 +122,32 @@ class MapState:
         at = (index & 255) << 6
         return leaf[at : at + 64]
 
+    def hole_nowait(self, first: int, last: int) -> bool:
+        """Whether chunks `first` to `last` are known to be holes, all of them; looked at as one only where one leaf has them."""
+        if not self.levels or first >> 8 != last >> 8:
+            return False
+        leaf = self._nodes[0].get(first >> 8)
+        at = (first & 255) << 6
+        length = (last - first + 1) << 6
+        return leaf is not None and leaf[at : at + length] == EMPTY_NODE[:length]
+
     def loaded_leaves(self) -> list[int]:
         """Numbers of the leaves that are loaded."""
         return list(self._nodes[0]) if self.levels else []
+
+    def leaves_ahead(self, first: int, end: int) -> list[tuple[int, Reference]]:
+        """Leaves of chunks `first` to `end`, excluded, that are neither loaded nor holes, as far as the node above them is loaded."""
+        if not self.levels:
+            return []
+        found: list[tuple[int, Reference]] = []
+        leaves = self._nodes[0]
+        for index in range(first // FANOUT, -(-min(end, self.chunks) // FANOUT)):
+            if index in leaves or (self.levels > 1 and index >> 8 not in self._nodes[1]):
+                continue
+            raw = self._parent_entry(0, index)
+            if raw != HOLE_BYTES:
+                found.append((index * FANOUT, Reference.unpack(raw)))
+        return found
 
     async def load(self, first: int, last: int, fetch: Fetch) -> None:
         """Load what is missing of the leaves of chunks `first` to `last` inclusive; one batch a level.
@@ -370,6 +406,16 @@ class MapBuilder:
     async def add(self, index: int, raw: bytes) -> None:
         """Set the 64-byte entry of chunk `index`, which is higher than all before it. Raises TooLargeError."""
         await self._set(0, index, raw)
+
+    async def add_many(self, entries: Iterable[tuple[int, bytes]]) -> None:
+        """`add` for each (index, entry), in order."""
+        for index, raw in entries:
+            leaf = self._open[0] if self._levels else None
+            if leaf is not None and leaf[0] == index >> 8:
+                at = (index & 255) << 6
+                leaf[1][at : at + REFERENCE_SIZE] = raw
+            else:
+                await self._set(0, index, raw)
 
     async def _set(self, level: int, index: int, raw: bytes) -> None:
         if level == self._levels:

@@ -33,6 +33,8 @@ from novafs.revisions import Head
 log = logging.getLogger(__name__)
 
 READ_BATCH_MAX: Final = 1 << 20
+_ZEROS: Final = bytes(READ_BATCH_MAX)
+"""Of holes: a copy of an image reads more of them than of anything else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,8 @@ class ImageReader:
         """The watcher's."""
         self.watch_reads = 0
         """The watcher's, too."""
+        self.watch_from = 1 << 62
+        """The watcher wants to know at once of a read of this chunk or one beyond."""
         self._told = -1
         """The chunk that the watcher was told of last."""
         self.follower: Follower | None = None
@@ -166,13 +170,16 @@ class ImageReader:
         first = offset >> self._shift
         last = (offset + length - 1) >> self._shift
         parts: list[bytes | bytearray] = []
-        for index in range(first, last + 1):
-            start = offset - (index << self._shift) if index == first else 0
-            end = offset + length - (index << self._shift) if index == last else self.chunk_size
-            part = self._chunk_nowait(index, start, end)
-            if part is None:
-                return None
-            parts.append(part)
+        if last > first and self.hole_nowait(first, last):
+            parts.append(_ZEROS[:length] if length <= READ_BATCH_MAX else bytes(length))
+        else:
+            for index in range(first, last + 1):
+                start = offset - (index << self._shift) if index == first else 0
+                end = offset + length - (index << self._shift) if index == last else self.chunk_size
+                part = self._chunk_nowait(index, start, end)
+                if part is None:
+                    return None
+                parts.append(part)
         if self._watcher is not None and (last != self._told or first != last):
             self._told = last
             self._watcher.touched(self, first, last)
@@ -271,6 +278,10 @@ class ImageReader:
         """The committed map's 64-byte entry of a chunk, None where that part of the map is not loaded."""
         return self._state.entry_nowait(index)
 
+    def hole_nowait(self, first: int, last: int) -> bool:
+        """Whether these chunks are known to be zeros, with nothing ever stored there; False where that takes more than a look."""
+        return self._patch is None and self._state.hole_nowait(first, last) and not self.dirty
+
     def map_leaves(self, fetch: Fetch) -> AsyncGenerator[tuple[int, npt.NDArray[np.void]], None]:
         """The committed map's leaves that are no holes, in order: first chunk, and references. Nodes come by `fetch`, and are not kept."""
         return self._state.leaves(fetch)
@@ -278,6 +289,11 @@ class ImageReader:
     def loaded_leaves(self) -> list[int]:
         """Which leaves of the map are loaded: each is the entries of 256 chunks. Empty where the map has none of its own."""
         return self._state.loaded_leaves()
+
+    def map_ahead(self, first: int, end: int) -> list[tuple[int, Reference]]:
+        """The leaves of the map for chunks `first` to `end`, excluded, that are not loaded and can be: the first chunk of each, and where
+        it is stored. Leaves of holes need not be fetched and are not named."""
+        return self._state.leaves_ahead(first, end)
 
     def dirty_chunks(self, most: int) -> list[int]:
         """Chunks that dirty layers hold, at most so many of a layer; one may be named more than once."""

@@ -33,7 +33,7 @@ from novafs.generation import HOST
 from novafs.objectstore.base import ObjectInfo
 from novafs.objectstore.client import StoreClient
 from novafs.record import seal, unseal
-from novafs.revisions import GRACE_S_DEFAULT, Chain, ConflictError, Head, boot_time_s, new_nonce, revision_name, writers_grace_s
+from novafs.revisions import FRESH_S, GRACE_S_DEFAULT, Chain, ConflictError, Head, boot_time_s, new_nonce, revision_name, writers_grace_s
 
 log = logging.getLogger(__name__)
 
@@ -281,6 +281,8 @@ class LeaseManager:
         self._clock_s = clock_s
         self._poll_s = poll_s
         self._unsure: dict[bytes, Lease] = {}
+        self._free: dict[bytes, tuple[float, Head[LeaseRecord] | None]] = {}
+        """Leases that `holder` found free: when it was asked, and the newest epoch. Of the last `FRESH_S`."""
         self._wants_seen: dict[str, tuple[float, float]] = {}
         """Requests of others: when the store says they were renewed last, and when that was first seen here."""
         self._askers: dict[bytes, int] = {}
@@ -299,6 +301,10 @@ class LeaseManager:
         seen: tuple[int, bytes, float] | None = None
         alive = False
         pause_s = min(FIRST_POLL_S, self._poll_s)
+        asked_s, head = self._free.pop(image_id, (float("-inf"), None))
+        # Programs that open an image to write it do so at once. If the epoch is another's by now it can not be created, and is looked at.
+        if self._clock_s() - asked_s < FRESH_S and (lease := await self._take(chain, head)) is not None:
+            return lease
         try:
             while True:
                 asked_s = self._clock_s()
@@ -360,9 +366,15 @@ class LeaseManager:
             self._withdrawing.pop(image_id).set()
 
     async def holder(self, image_id: bytes) -> LeaseRecord | None:
-        """The lease that another host holds, None where none does. Raises what the store raises."""
+        """The lease that another host holds, None where none does: then `acquire` need not ask again. Raises what the store raises."""
+        asked_s = self._clock_s()
         head = await self.head(image_id)
-        return head.record if head is not None and self.is_others(head.record) else None
+        if head is not None and self.is_others(head.record):
+            return head.record
+        self._free = {one: seen for one, seen in self._free.items() if asked_s - seen[0] < FRESH_S}
+        if head is None or head.record.released:
+            self._free[image_id] = asked_s, head
+        return None
 
     def is_others(self, record: LeaseRecord) -> bool:
         """Whether another host holds it."""

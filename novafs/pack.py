@@ -121,18 +121,20 @@ class PackBuilder:
         self._parts.append(_FRAME.pack(FRAME_MAGIC, frame.codec, length, plain_length, chunk_id))
         self._parts.append(frame.payload)
         self._rows.append(_ROW.pack(chunk_id, offset, length, plain_length, frame.codec))
-        self._bases += [_BASE.pack(offset, base.pack()) for base in chain]
+        if chain:
+            self._bases += [_BASE.pack(offset, base.pack()) for base in chain]
         self.size = offset + length
         reference = Reference(chunk_id, self.pack_id, offset, length, frame.codec)
         self.references.append(reference)
         return reference
 
     def finish(self) -> bytes:
-        """The object's bytes. The builder is not used after."""
+        """The object's bytes; may be called in a thread. The builder is not used after, and lets go of the frames: they are held once."""
         footer = b"".join([*self._rows, *self._bases])
         digest = xxhash.xxh64_intdigest(self.pack_id + footer)
         tail = _TAIL.pack(len(self._rows), len(footer), digest, FOOTER_MAGIC)
-        return b"".join([*self._parts, footer, tail])
+        parts, self._parts = [*self._parts, footer, tail], []
+        return b"".join(parts)
 
 
 def _footer(pack_id: PackId, end: bytes) -> Footer | int:

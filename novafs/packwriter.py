@@ -45,6 +45,9 @@ from novafs.revisions import boot_time_s
 UPLOADS_MAX: Final = 4
 """Packs in flight of one writer: 4 × 8 MiB fill a 2 Gbit/s link at 100 ms, and bound its memory."""
 
+JOINED_MAX: Final = 1 << 20
+"""A pack up to this many bytes is put together on the spot: a thread takes longer to wake."""
+
 PLACED_MAX: Final = 1 << 18
 """Chunks whose place a writer remembers, 270 bytes each: a source of a terabyte has 16 million. Far more than can be in packs that
 are not uploaded yet; of what it has forgotten the dedup index knows, and a chunk that nobody knows is stored once more."""
@@ -107,11 +110,15 @@ class UsedPacks:
         return UsedPacks(self._dedup, self.packs | other.packs, min(self.since_s, other.since_s))
 
 
+Content = bytes | memoryview
+"""Of a chunk: a view of what was read, where nobody keeps it."""
+
+
 class Prepared(NamedTuple):
     """A chunk on its way: its id (None for a hole), where it is stored already, or its frame; of a delta frame the chain, and the frame
     that the tiers may have."""
 
-    plain: bytes
+    plain: Content
     chunk_id: ChunkId | None
     known: Reference | None
     frame: Frame | None
@@ -164,6 +171,8 @@ class PackWriter:
         self._idle.set()
         self._error: BaseException | None = None
         self.used = UsedPacks(dedup)
+        self.known: trio.Event | None = None
+        """Where the caller gives one, dedup is asked when it is set: what is stored is being looked at still."""
         self.counts = WriteCounts()
         self.resized_bytes = 0
         """By how much the frames of chunks in nodes that were put right have grown: compaction makes whole ones of deltas."""
@@ -173,13 +182,15 @@ class PackWriter:
         """Whether it is of use to say what chunks were before."""
         return self._deltas is not None
 
-    async def prepare(self, plains: Sequence[bytes], bases: Sequence[Base | None] = ()) -> list[Prepared]:
+    async def prepare(self, plains: Sequence[Content], bases: Sequence[Base | None] = ()) -> list[Prepared]:
         """Zero test, hash, dedup lookup, compression of what is new; in worker threads. bases: what the chunks were before, in the
         same order, in the committed map that the new references take the place of; none where that is not known."""
         ids = await trio.to_thread.run_sync(_identify, plains, limiter=self._workers)
         # Taken along, because `_placed` may have forgotten them when `append` comes to them.
         placed: dict[bytes, Reference] = {i: self._placed[i] for i in ids if i is not None and i in self._placed}
         wanted = {i for i in ids if i is not None and i not in placed}
+        if self.known is not None:
+            await self.known.wait()
         known: dict[bytes, Reference] = {**await self._dedup.find(list(wanted)), **placed}
         before: dict[ChunkId | None, Base | None] = dict(zip(ids, bases, strict=True)) if bases else {}
         for chunk in wanted - known.keys():
@@ -256,10 +267,10 @@ class PackWriter:
                 del self._placed[next(iter(self._placed))]
         self.used.packs.add(reference.pack_id)
         if self._cache is not None:
-            self._cache.add(item.chunk_id, item.plain, item.whole or item.frame)
+            self._cache.add(item.chunk_id, bytes(item.plain), item.whole or item.frame)
         return reference.pack()
 
-    async def put(self, plains: Sequence[bytes], bases: Sequence[Base | None] = ()) -> list[bytes]:
+    async def put(self, plains: Sequence[Content], bases: Sequence[Base | None] = ()) -> list[bytes]:
         """Map entries of plain chunks, in order: 64 bytes each, `HOLE_BYTES` for zeros. bases: see `prepare`."""
         return await self.append(await self.prepare(plains, bases))
 
@@ -296,7 +307,7 @@ class PackWriter:
     async def _send(self, builder: PackBuilder) -> None:
         try:
             started_s = boot_time_s()
-            data = builder.finish()
+            data = await trio.to_thread.run_sync(builder.finish) if builder.size > JOINED_MAX else builder.finish()
             began_s = perf_counter()
             with contextlib.suppress(ObjectExistsError):  # ids are random: it is this very pack, whose first answer was lost
                 await self._client.create(pack_name(builder.pack_id), data)
@@ -330,16 +341,16 @@ def _stored_bytes(node: bytes) -> int:
     return int(np.frombuffer(node, dtype=REFERENCE_DTYPE)["length"].sum(dtype=np.int64))
 
 
-def _identify(plains: Sequence[bytes]) -> list[ChunkId | None]:
+def _identify(plains: Sequence[Content]) -> list[ChunkId | None]:
     return [None if is_zero(plain) else chunk_id(plain) for plain in plains]
 
 
-def _encode(work: Sequence[tuple[bytes, bytes, Chain]], codec: Codec, level: int | None) -> list[_Encoded]:
+def _encode(work: Sequence[tuple[Content, bytes, Chain]], codec: Codec, level: int | None) -> list[_Encoded]:
     """Frames of contents; of those that have a base and its chain a delta frame where that is small enough."""
     made = []
-    for plain, base, chain in work:
-        whole = codecs.encode(plain, codec, level)
-        delta, trial = attempt(plain, base, chain, whole) if chain else (None, None)
+    frames = codecs.encode_many([plain for plain, _, _ in work], codec, level)
+    for (plain, base, chain), whole in zip(work, frames, strict=True):
+        delta, trial = attempt(bytes(plain), base, chain, whole) if chain else (None, None)
         made.append(_Encoded(delta, whole, chain, trial) if delta is not None else _Encoded(whole, whole, (), trial))
     return made
 

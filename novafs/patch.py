@@ -5,8 +5,9 @@ and a caller waits (durability "store", or another host asks for the lease), the
 and, beside it, the bytes that lie over that map: all of them since the map was made, so a generation never needs its predecessor.
 
 Always holds: a patch is inside the image's size, extents are sorted and disjoint, at most `BYTES_MAX` bytes in at most
-`EXTENTS_MAX` extents that touch chunks of at most `MEMORY_MAX` bytes. It never voids anything (a truncate is a commit of its own)
-and never changes the number of chunks. The next commit that stores packs writes it into the map, as if it had been dirty.
+`EXTENTS_MAX` extents that touch chunks of at most `MEMORY_MAX` bytes. It never voids anything (a truncate is a commit of its own).
+Where the image has grown the map has holes at its end for that (`MapState.grown`), and no other node than before. The next commit
+that stores packs writes the patch into the map, as if it had been dirty.
 """
 
 from __future__ import annotations

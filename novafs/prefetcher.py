@@ -34,6 +34,8 @@ from novafs.prefetch.account import Settings
 from novafs.prefetch.around import ReadAround
 from novafs.prefetch.base import INDEX_BITS, INDEX_MASK, NOTHING, Access, Fetch, Key, Place, key_of
 from novafs.prefetch.engine import PrefetchEngine
+from novafs.prefetch.longrun import PIECE, LongRuns
+from novafs.prefetch.longrun import Run as LongRun
 from novafs.prefetch.pacer import Pacer
 from novafs.prefetch.throttle import Throttle
 
@@ -56,7 +58,7 @@ STEP: Final = 64
 TICK_S: Final = 0.25
 WARM_S: Final = 60.0
 WEIGH_S: Final = 10.0
-ENGINE_SHARE: Final = 8
+ENGINE_SHARE: Final = 4
 """What the engine takes is counted in L1 up to one part in so many: in a tiny one its tables would leave no room."""
 IDLE_S: Final = 1.0
 """Without a read for so long the engine may learn in slices."""
@@ -64,6 +66,13 @@ BATCH_CHUNKS: Final = 512
 NUMBERS_MAX: Final = 4096
 SOON: Final = 4
 """Chunks behind a missed one that do not wait for the rest of its region."""
+NEVER: Final = 1 << 62
+LOOKED_AT: Final = 4096
+"""Chunks of the map that a long run looks through for the next that are no holes: its entries are 256 KiB."""
+AROUND_PART: Final = 32
+"""Chunks of a region that one request brings: what comes first need not wait for the rest to be verified."""
+MAP_SPARE: Final = 4
+"""Requests that reading a map ahead leaves to others."""
 NEAR: Final = 4
 """Chunks behind a fetched one that are looked at whether they come along."""
 
@@ -77,14 +86,21 @@ def harmless() -> Iterator[None]:
         log.exception("prefetch: a mistake in NovaFS; please report it. Reads go on without")
 
 
+def _ahead(settings: Settings) -> int:
+    """Chunks that a long run may have ahead."""
+    return settings.prefetch_window_bytes // settings.chunk_size if settings.prefetch_window else 0
+
+
 class _Entry(NamedTuple):
-    """Chunks `first` to `last` were read; those in `missing` were waited for. spared: they are noted, not considered."""
+    """Chunks `first` to `last` were read; those in `missing` were waited for. spared: they are noted, not considered. alone: the first of
+    the missing that nobody was fetching; -1 for none."""
 
     image: ImageReader
     first: int
     last: int
     missing: Sequence[int]
     spared: bool = False
+    alone: int = -1
 
 
 class Prefetcher:
@@ -95,8 +111,9 @@ class Prefetcher:
         capacity = max(1, cache.l1.capacity_bytes // settings.chunk_size)
         self.engine = PrefetchEngine(capacity_chunks=capacity, settings=settings, content=self._content)
         self.around = ReadAround(most_chunks=settings.read_around_bytes // settings.chunk_size, capacity_chunks=capacity)
+        self.runs = LongRuns(most_chunks=_ahead(settings), capacity_chunks=capacity)
         self.pacer = Pacer(capacity, first=BATCH_CHUNKS)
-        self.throttle = Throttle()
+        self.throttle = Throttle(spent_s=time.process_time())
         self._cache = cache
         self._requests_max = max(1, requests_max // 2)
         self._requests = 0
@@ -126,6 +143,7 @@ class Prefetcher:
         """Other settings from now on; what was learned stays."""
         self.engine.retune(settings)
         self.around.retune(most_chunks=settings.read_around_bytes // settings.chunk_size)
+        self.runs.retune(most_chunks=_ahead(settings))
 
     # -- what images tell ---------------------------------------------------------------------------------------
 
@@ -140,6 +158,7 @@ class Prefetcher:
         self._numbers.move_to_end(name)
         image.watch_number = number
         image.watch_reads = 0
+        image.watch_from = NEVER
         self._open.setdefault(number, []).append(image)
         if len(self._open[number]) == 1:
             self._fresh.add(number)
@@ -159,6 +178,7 @@ class Prefetcher:
             self._fresh.discard(number)
             self._waiting.pop(number, None)
             with harmless():
+                self.runs.forget(number)
                 self.engine.closed(number)
 
     def unlearn(self, image: ImageReader) -> None:
@@ -167,6 +187,7 @@ class Prefetcher:
             self._work_off()
             self.engine.unlearn(image.watch_number)
             self.around.forget(image.watch_number)
+            self.runs.forget(image.watch_number)
 
     def read_last(self, image: ImageReader, most: int) -> list[int]:
         """The chunks of an image that were read last, as far as they are remembered: the last one first."""
@@ -192,14 +213,20 @@ class Prefetcher:
         """Chunks were read, and were all there. On the path of every read: an append."""
         expected = self._expected(image.watch_number << INDEX_BITS | last)
         image.watch_reads += 1
-        if self._hurried and image.watch_reads % NOTED and not expected and image.watch_reads > NOTED_FIRST:
+        wanted = image.watch_from <= last
+        if (
+            self._hurried
+            and image.watch_reads % NOTED
+            and not (expected or wanted)
+            and image.watch_reads * (last - first + 1) > NOTED_FIRST
+        ):
             return
         entries = self._log
         if len(entries) >= LOG_MAX:
             self._lost += 1
             return
         entries.append(_Entry(image, first, last, ()))
-        if len(entries) == LOG_WAKE or expected:
+        if len(entries) == LOG_WAKE or expected or wanted:
             self._wake.set()
 
     def missed(self, image: ImageReader, first: int, last: int, missing: Sequence[int]) -> None:
@@ -210,11 +237,19 @@ class Prefetcher:
             self._spared = (self._spared + 1) % SPARED
             spared = self._spared != 0
         if len(self._log) < LOG_MAX:
-            self._log.append(_Entry(image, first, last, missing, spared))
+            self._log.append(_Entry(image, first, last, missing, spared, self._alone(image, missing)))
         else:
             self._lost += 1
         if not spared or len(self._log) >= SPARED_WAKE:
             self._wake.set()
+
+    def _alone(self, image: ImageReader, missing: Sequence[int]) -> int:
+        """The first of these that is not on its way: what lies around the others was looked at when they were asked for."""
+        for index in missing:
+            raw = image.entry_nowait(index)
+            if raw is not None and not self._cache.present(raw[:32]):
+                return index
+        return -1
 
     def _sparing(self, number: int) -> bool:
         """Whether misses of an image are dear: the policies are above their share of the CPU, and have saved next to nothing.
@@ -313,11 +348,18 @@ class Prefetcher:
     def _observe(self, entry: _Entry, now_s: float) -> None:
         engine, image = self.engine, entry.image
         base = image.watch_number << INDEX_BITS
-        if self.around.holding:
+        if self.around.holding and not image.hole_nowait(entry.first, entry.last):
             for index in range(entry.first, entry.last + 1):
                 raw = image.entry_nowait(index)
                 if raw is not None:
                     self.around.used(key_of(raw))
+        run = None
+        if not engine.replaying(image.watch_number):
+            run = self.runs.read(image.watch_number, entry.first, entry.last, waited=bool(entry.missing))
+        if run is not None or self.runs.holding:
+            self._by_run(entry, far=run is not None)
+        if run is not None:
+            return
         skimming = not self.throttle.open
         if skimming and entry.first == entry.last and not entry.missing and not engine.expected(base | entry.first):  # most of them
             raw = image.entry_nowait(entry.first)
@@ -337,13 +379,113 @@ class Prefetcher:
                 engine.skim_miss(place, raw)
             else:
                 engine.observe(Access(place, key_of(raw), now_s, False, hit, more=index != seen[-1][0]), sparing=skimming)
-        if entry.missing and not engine.replaying(image.watch_number):
-            self._look_around(image, entry.missing[0])
+        if entry.alone >= 0 and not engine.replaying(image.watch_number):
+            self._look_around(image, entry.alone)
+
+    def _by_run(self, entry: _Entry, *, far: bool) -> None:
+        """What was read of what long runs have brought; and, where this read is of such a run itself, all else that is noted of it."""
+        engine, image, number = self.engine, entry.image, entry.image.watch_number
+        base, used, late = number << INDEX_BITS, 0, 0
+        if image.hole_nowait(entry.first, entry.last):
+            return
+        for index in range(entry.first, entry.last + 1):
+            raw = image.entry_nowait(index)
+            if raw is None or raw == HOLE_BYTES:
+                continue
+            key, missed = key_of(raw), index in entry.missing
+            brought = self.runs.used(key)
+            late += brought and missed
+            used += brought and not missed
+            if not far:
+                continue
+            if engine.expected(base | index):
+                # Of before it was a long one. `more`: what comes next is known.
+                engine.observe(Access(base | index, key, self._last_read_s, False, not missed, more=True), sparing=True)
+            elif missed and not brought:
+                engine.skim_miss(base | index, raw)
+            else:
+                engine.skim(base | index, raw)
+        if used or late:
+            engine.by_run(number, used=used, late=late)
 
     # -- fetching -----------------------------------------------------------------------------------------------
 
+    def _serve_runs(self) -> None:
+        """Fetch what lies ahead of long runs."""
+        for run in self.runs.awake():
+            held = self._open.get(run.image)
+            while held and self._nursery is not None and self._requests < self._requests_max:
+                most = min(self.runs.room(run), self.pacer.room)
+                if not most or run.loading:
+                    break
+                places = self._ahead_of(run, held[-1], most)
+                if not places:
+                    break
+                self.runs.asked(run, [place & INDEX_MASK for place, _ in places], [key_of(reference.chunk_id) for _, reference in places])
+                self.engine.by_run(run.image, issued=len(places))
+                self._nursery.start_soon(self._fetch_for_run, run.image, places, self._take(places))
+            if held:
+                # Whoever is told of reads is to be woken when a piece more may be asked for.
+                held[-1].watch_from = run.asked[min(PIECE, len(run.asked)) - 1] if run.asked else run.end
+
+    def _ahead_of(self, run: LongRun, image: ImageReader, most: int) -> list[tuple[Place, Reference]]:
+        """The next chunks ahead of a run that are neither holes nor here; none where the map is to be loaded first or all is here."""
+        places: list[tuple[Place, Reference]] = []
+        base, here = run.image << INDEX_BITS, 0
+        end = min(run.ahead + LOOKED_AT, (image.size + self.engine.settings.chunk_size - 1) // self.engine.settings.chunk_size)
+        while run.ahead < end and len(places) < most:
+            raw = image.entry_nowait(run.ahead)
+            if raw is None:
+                if not places:
+                    self._load_ahead(run, image)
+                break
+            if raw != HOLE_BYTES:
+                if not self._cache.present(raw[:32]):
+                    places.append((base | run.ahead, Reference.unpack(raw)))
+                else:
+                    here += 1
+                    if here > most and not places:
+                        run.asleep = True
+                        break
+            run.ahead += 1
+        return places
+
+    def _load_ahead(self, run: LongRun, image: ImageReader) -> None:
+        if self._nursery is None:
+            return
+
+        async def load() -> None:
+            try:
+                await image.load_entries(range(run.ahead, run.ahead + LOOKED_AT, 256))
+            except NovaError as error:
+                run.asleep = True
+                log.debug("%s: its map could not be read ahead: %s", image.name, error)
+            except Exception:
+                run.asleep = True
+                log.exception("prefetch: a mistake in NovaFS; please report it. Reads go on without")
+            finally:
+                run.loading = False
+            with harmless():
+                self._dispatch()
+
+        run.loading = True
+        self._nursery.start_soon(load)
+
+    async def _fetch_for_run(self, number: int, places: list[tuple[Place, Reference]], requests: int) -> None:
+        missing = {place for place, _ in places}
+        try:
+            await self._fetch_counted(places, missing, requests)
+        except Exception:
+            log.exception("prefetch: a mistake in NovaFS; please report it. Reads go on without")
+        with harmless():
+            if missing:
+                lost = self.runs.gone([key_of(reference.chunk_id) for place, reference in places if place in missing])
+                self.engine.by_run(number, dropped=sum(lost.values()))
+            self._dispatch()
+
     def _dispatch(self) -> None:
         """Send what the engine wants and the store can take."""
+        self._serve_runs()
         while self._nursery is not None and self.engine.waiting and self._requests < self._requests_max:
             fetches = self.engine.take(min(BATCH_CHUNKS, self.pacer.room))
             if not fetches:
@@ -392,10 +534,15 @@ class Prefetcher:
 
     def _look_around(self, image: ImageReader, index: int) -> None:
         """Fetch what lies around a missed chunk, and beside it in its pack, where that pays (`novafs.prefetch.around`)."""
-        raw = image.entry_nowait(index)
-        if self._nursery is None or raw is None or raw == HOLE_BYTES or self._requests >= self._requests_max:
+        number, latency_s = image.watch_number, self.pacer.demand_s
+        if self._nursery is None or self._requests >= self._requests_max:
             return
-        region = self.around.region(image.watch_number, index, self.pacer.demand_s)
+        if part := self.around.map_region(number, index, latency_s):
+            self._nursery.start_soon(self._load_map, image, part, index)
+        raw = image.entry_nowait(index)
+        if raw is None or raw == HOLE_BYTES:
+            return
+        region = self.around.region(number, index, latency_s)
         if not region:
             return
         middle, reach = Reference.unpack(raw), len(region) * self.engine.settings.chunk_size
@@ -404,58 +551,107 @@ class Prefetcher:
             raw = image.entry_nowait(near)
             if raw is None or raw == HOLE_BYTES or self._cache.present(raw[:32]):
                 continue
-            place, reference = image.watch_number << INDEX_BITS | near, Reference.unpack(raw)
+            place, reference = number << INDEX_BITS | near, Reference.unpack(raw)
             if reference.pack_id == middle.pack_id and abs(reference.offset - middle.offset) < reach and not self.engine.expected(place):
                 places.append((place, reference))
-        places = places[: self.pacer.room]
         # What follows is asked for next more often than not: it comes in a request of its own, and not with the last of the region.
-        after = image.watch_number << INDEX_BITS | index
+        after = number << INDEX_BITS | index
         soon = [one for one in places if after < one[0] <= after + SOON]
         rest = [one for one in places if not after < one[0] <= after + SOON]
-        for part in (soon, rest):
-            # What is far apart in the pack takes a request each: no more of them than are free, those that bring most.
-            runs = plan_runs([reference for _, reference in part])
-            runs = sorted(runs, key=lambda run: -len(run.members))[: max(0, self._requests_max - self._requests)]
-            if runs:
-                kept = [part[at] for at in sorted(at for run in runs for at in run.members)]
-                self.around.asked(image.watch_number, len(kept))
-                self.pacer.sent(len(kept))
-                self._requests += len(runs)
-                self._nursery.start_soon(self._fetch_around, image.watch_number, kept, len(runs))
+        # The nearest first, since what is read next is near, and they share one thread that verifies them.
+        parts = [rest[start : start + AROUND_PART] for start in range(0, len(rest), AROUND_PART)]
+        parts.sort(key=lambda part: min(abs(part[0][0] - after), abs(part[-1][0] - after)))
+        for places in (soon, *parts):
+            kept = self._afford(places[: self.pacer.room])
+            if kept:
+                self.around.asked(number, [key_of(reference.chunk_id) for _, reference in kept])
+                self._nursery.start_soon(self._fetch_around, kept, self._take(kept))
 
-    async def _fetch_around(self, number: int, places: list[tuple[Place, Reference]], requests: int) -> None:
-        began_s, arrived, timed_out = trio.current_time(), 0, False
-        missing = {place for place, _ in places}
+    def _afford(self, places: list[tuple[Place, Reference]], *, spare: int = 0) -> list[tuple[Place, Reference]]:
+        """What is far apart in the store takes a request each: of those free all but `spare`, for what brings most."""
+        runs = plan_runs([reference for _, reference in places])
+        runs = sorted(runs, key=lambda run: -len(run.members))[: max(0, self._requests_max - self._requests - spare)]
+        return [places[at] for at in sorted(at for run in runs for at in run.members)]
+
+    def _take(self, places: list[tuple[Place, Reference]]) -> int:
+        """Count them as sent; how many requests they are."""
+        requests = len(plan_runs([reference for _, reference in places]))
+        self.pacer.sent(len(places))
+        self._requests += requests
+        return requests
+
+    async def _load_map(self, image: ImageReader, part: range, index: int) -> None:
+        """Load the map where an image is read, ahead of the reads, what is nearest first."""
+        nodes = image.map_ahead(part.start, part.stop)
+        nodes.sort(key=lambda node: abs(node[0] - index))
         try:
-            arrived, timed_out = await self._fetch_together(places, missing)
+            while nodes and image.watch_number in self._open:
+                # Written one after the other while the image was, they are apart in the store, and each takes a request.
+                wave = self._afford(nodes[: self.pacer.room], spare=MAP_SPARE)
+                if not wave:
+                    await trio.sleep(self.pacer.demand_s)
+                    continue
+                taken = {first for first, _ in wave}
+                nodes = [node for node in nodes if node[0] not in taken]
+                missing = set(taken)
+                await self._fetch_counted(wave, missing, self._take(wave), node=True)
+                # From L1 by now: whoever reads there waits for nothing.
+                await image.load_entries([first for first in taken if first not in missing])
+                if missing:
+                    return
+        except NovaError as error:
+            log.debug("%s: its map could not be read ahead: %s", image.name, error)
         except Exception:
             log.exception("prefetch: a mistake in NovaFS; please report it. Reads go on without")
+        with harmless():
+            self._dispatch()
+
+    async def _fetch_around(self, places: list[tuple[Place, Reference]], requests: int) -> None:
+        began_s, missing = trio.current_time(), {place for place, _ in places}
+        try:
+            await self._fetch_counted(places, missing, requests)
+        except Exception:
+            log.exception("prefetch: a mistake in NovaFS; please report it. Reads go on without")
+        finally:
+            self.around.failed(key_of(reference.chunk_id) for place, reference in places if place in missing)
+        if len(missing) < len(places):
+            self.around.took(trio.current_time() - began_s, self.pacer.demand_s)
+            self.around.arrived(len(places) - len(missing))
+        with harmless():
+            self._dispatch()
+
+    async def _fetch_counted(
+        self, places: list[tuple[Place, Reference]], missing: set[Place], requests: int, *, node: bool = False
+    ) -> None:
+        """`_fetch_together` of what `_take` has counted."""
+        arrived, timed_out = 0, False
+        try:
+            arrived, timed_out = await self._fetch_together(places, missing, node=node)
         finally:
             self._requests -= requests
             if arrived < len(places):
                 self.pacer.failed(len(places) - arrived, trio.current_time(), timed_out=timed_out)
-        if arrived:
-            self.around.took(trio.current_time() - began_s, self.pacer.demand_s)
-            self.around.arrived(number, [key_of(reference.chunk_id) for place, reference in places if place not in missing])
-        with harmless():
-            self._dispatch()
 
-    async def _fetch_together(self, places: list[tuple[Place, Reference]], open_places: set[Place]) -> tuple[int, bool]:
-        """How many came, and whether one timed out; what came is no longer open."""
+    async def _fetch_together(
+        self, places: list[tuple[Place, Reference]], open_places: set[Place], *, node: bool = False
+    ) -> tuple[int, bool]:
+        """How many came, and whether one timed out; what came is no longer open. node: they are no chunks, but nodes of a map."""
         began_s, arrived, timed_out = trio.current_time(), 0, False
         # Apart: what comes first must not wait for the last.
-        flights = [(place, reference, self._cache.prefetch(reference, place)) for place, reference in places]
+        flights = [(place, reference, self._cache.prefetch(reference, -1 if node else place)) for place, reference in places]
         self._cache.start_prefetches([flight for _, _, flight in flights if flight is not None])
         for place, reference, flight in flights:
             if flight is None:
                 continue  # there by now
-            await flight.done.wait()
+            if not flight.done.is_set():
+                await flight.done.wait()
             if flight.error is not None:
                 timed_out |= isinstance(flight.error, RetryableError)
                 continue
             open_places.discard(place)
             arrived += 1
-            self.engine.arrived(place, key_of(reference.chunk_id))
+            if not node:
+                self.engine.arrived(place, key_of(reference.chunk_id))
         if arrived:
             self.pacer.arrived(arrived, trio.current_time() - began_s)
         return arrived, timed_out
@@ -520,6 +716,9 @@ class Prefetcher:
             self.engine.evicted(keys)
             if self.around.holding:
                 self.around.evicted(keys)
+            if self.runs.holding:
+                for number, count in self.runs.gone(keys).items():
+                    self.engine.by_run(number, wasted=count)
 
     def _l3_read(self, seconds: float, demand: bool) -> None:
         if demand:

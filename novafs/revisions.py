@@ -26,6 +26,9 @@ _TOP: Final = 2**64 - 1
 _REVISION: Final = re.compile("[0-9a-f]{16}")
 NONCE_SIZE: Final = 16
 OTHERS_AT_ONCE: Final = 100
+FRESH_S: Final = 2.0
+"""A head that was looked for so short a time ago is committed over without another look: where it is the head no more the next number is
+taken, which costs a request. Short, so that this is rare, and never as long as a number takes to be collected."""
 GRACE_S_DEFAULT: Final = 24 * 3600.0
 GRACE_ASSUMED_S: Final = 600.0
 """What writers take `gc.grace` for where it is more: so they are safe beside a collector with any grace from this up."""

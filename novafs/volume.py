@@ -97,6 +97,8 @@ USAGE_PACKS_MAX: Final = 20_000
 HEADS_MAX: Final = 4096
 MAP_SHARE: Final = 8
 """Loaded map nodes may take one part in MAP_SHARE of L1's capacity."""
+DIRTY_SHARE: Final = 2
+"""Dirty data counts against L1's capacity, up to one part in so many of it."""
 HEADS_BYTES_MAX: Final = 16 << 20
 """Of what those hold: a patch, or the top of a large map, may have a quarter of a mebibyte."""
 SNAPSHOTS_NAME: Final = ".snapshots"
@@ -402,6 +404,7 @@ class Volume:
             ops=ops,
             events=self.events,
             latencies=self.latencies,
+            held=self._hold_dirty,
         )
         self.deltas = Deltas(enabled=config.l3.delta and superblock.delta)
         cache.on_delta_read = self.deltas.note_read
@@ -439,14 +442,14 @@ class Volume:
 
     # -- writing to L3 ------------------------------------------------------------------------------------------
 
-    def pack_writer(self, *, cache: bool = True) -> AbstractAsyncContextManager[PackWriter]:
-        """A writer for one commit; `cache`: what it stores goes into L1 and L2 as well."""
+    def pack_writer(self, *, cache: bool = True, workers: trio.CapacityLimiter | None = None) -> AbstractAsyncContextManager[PackWriter]:
+        """A writer for one commit; `cache`: what it stores goes into L1 and L2 as well. workers: threads of its own."""
         return open_pack_writer(
             self.client,
             self.dedup,
             codec=self.config.l3.codec,
             codec_level=self.config.l3.codec_level,
-            workers=self._workers,
+            workers=workers if workers is not None else self._workers,
             cache=self.cache if cache else None,
             totals=self.writes,
             deltas=self.deltas,
@@ -531,6 +534,11 @@ class Volume:
                 image.trim_map(keep_leaves=max(16, budget // 2 // len(images) // (16 << 10)))
             used = sum(image.map_bytes for image in images)
         self.cache.l1.set_reserved("maps", used)
+
+    def _hold_dirty(self, size: int) -> None:
+        """Dirty data counts against L1, where its chunks are going, up to a part: written bytes must not drive out all that is read."""
+        l1 = self.cache.l1
+        l1.set_reserved("dirty", min(size, l1.capacity_bytes // DIRTY_SHARE))
 
     async def close(self) -> None:
         """Commit every dirty image and the hints. Raises the first error, after trying them all."""

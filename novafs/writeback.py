@@ -46,6 +46,8 @@ log = logging.getLogger(__name__)
 
 LEASES_DIR: Final = "leases"
 COMMITS_MAX: Final = 4
+TOLD_BYTES: Final = 1 << 20
+"""By how much dirty data must have changed for L1, against which it counts, to be told."""
 RETRY_S: Final = 1.0
 WANTS_POLL_S: Final = 1.0
 """How often a host that holds a lease looks for who asks for it: one listing each time."""
@@ -109,7 +111,9 @@ class WritebackController:
         ops: FileOps = durable.SYSTEM,
         events: EventRing | None = None,
         latencies: LatencyBook | None = None,
+        held: Callable[[int], object] = lambda _: None,
     ) -> None:
+        """held: told how many bytes of memory dirty data takes, whenever that has changed by `TOLD_BYTES`."""
         self.rules = rules
         self.journal = journal
         self.leases = leases
@@ -118,6 +122,8 @@ class WritebackController:
         self.pack_writer = pack_writer
         self._nursery: trio.Nursery | None = None
         self._dirty_bytes = 0
+        self._held = held
+        self._held_bytes = 0
         self._high = trio.Event()
         self._room = trio.Event()
         self._stuck: dict[bytes, tuple[int, NovaError]] = {}
@@ -156,6 +162,9 @@ class WritebackController:
     def account_dirty(self, change: int) -> None:
         """Dirty bytes of an image changed: wake the commits above half of the cap, and writers below it."""
         self._dirty_bytes += change
+        if abs(self._dirty_bytes - self._held_bytes) >= TOLD_BYTES or not self._dirty_bytes:
+            self._held_bytes = self._dirty_bytes
+            self._held(self._held_bytes)
         if self._dirty_bytes > self.rules.dirty_max_bytes // 2:
             self._high.set()
         if self._dirty_bytes < self.rules.dirty_max_bytes:

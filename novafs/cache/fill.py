@@ -1,9 +1,9 @@
 """What follows a fetch or a write, in the background: compressing in L1, and filling L2.
 
-A chunk that comes in is in L1 at once, plain. The encoder compresses it there and hands on what L2 should have; the
-writer brings that to L2, together with L1's victims that L2 lacks and the deletion of what is bad. Between them stand two
-queues that are bounded in bytes and never make anybody wait: what finds one full stays plain in L1, or out of L2, and
-is counted. A caller that wants to keep pace asks `behind`.
+A chunk that comes in is in L1 at once, in the frame that it came in; plain where it has none. The encoder compresses what is plain, and
+what L1 had to decode from a slow codec, and hands on what L2 should have; the writer brings that to L2, together with L1's
+victims that L2 lacks and the deletion of what is bad. Between them stand two queues that are bounded in bytes and never make
+anybody wait: what finds one full stays plain in L1, or out of L2, and is counted.
 
 What goes between the tiers follows the score: the chance that L1's policy gives a chunk of being asked for again
 (`EvictionPolicy.chances`), asked for a batch at a time, here and never on the way of a read.
@@ -82,6 +82,7 @@ class Source(Enum):
     """Where a chunk came from."""
 
     WRITE = "write"
+    L1 = "l1"
     L2 = "l2"
     L3 = "l3"
 
@@ -131,6 +132,7 @@ class Filler:
     def start(self, nursery: trio.Nursery) -> None:
         """Begin to work in `nursery`, until that is cancelled; then `stop`."""
         self._l1.set_reserved("queues", self._budget_bytes)
+        self._l1.on_slow = self._recode
         nursery.start_soon(self._encode_forever)
         if self._l2 is not None:
             self._l1.on_evict = self._demote
@@ -144,31 +146,29 @@ class Filler:
 
     def stop(self) -> None:
         """Take back what `start` did to L1."""
-        self._l1.on_evict = None
+        self._l1.on_evict = self._l1.on_slow = None
         self._l1.set_reserved("queues", 0)
-
-    @property
-    def behind(self) -> bool:
-        """Whether the encoder has more to do than it is likely to get done: compress before you admit."""
-        return 2 * self._to_encode.used_bytes > self._to_encode.capacity_bytes
 
     def admit(self, arrival: Arrival) -> None:
         """Into L1 at once, and to the encoder what is to be compressed there or to go to L2."""
         frame = arrival.frame
-        fits_l1 = frame is not None and frame.codec in (self._l1.codec, Codec.NONE)
         began_s = perf_counter()
-        self._l1.insert(arrival.chunk_id, arrival.plain, frame if fits_l1 else None, prefetched=arrival.prefetched, place=arrival.place)
+        self._l1.insert(arrival.chunk_id, arrival.plain, frame, prefetched=arrival.prefetched, place=arrival.place)
         self._l1_puts.note(perf_counter() - began_s)
         self._promotions[arrival.source] += 1
         l2_up = self._l2 is not None and self._l2.up
         if l2_up and arrival.source is Source.L2 and self._l1.policy.rates:
             self._to_l2.put(_Change(arrival.chunk_id, None, Why.RATE), 0)
         wants_l2 = l2_up and arrival.source is not Source.L2
-        if not wants_l2 and fits_l1:
+        if not wants_l2 and frame is not None:
             return
-        if not self._to_encode.put(arrival._replace(wants_l1=not fits_l1, wants_l2=wants_l2), len(arrival.plain)):
-            self._uncompressed += not fits_l1
+        if not self._to_encode.put(arrival._replace(wants_l1=frame is None, wants_l2=wants_l2), len(arrival.plain)):
+            self._uncompressed += frame is None
             self._dropped += wants_l2
+
+    def _recode(self, chunk_id: bytes, plain: bytes) -> None:
+        """L1 decodes a chunk from a slow codec: have it in L1's own the next time. Without room in the queue, the time after."""
+        self._to_encode.put(Arrival(chunk_id, plain, None, Source.L1, wants_l1=True), len(plain))
 
     def delete(self, chunk_id: bytes) -> None:
         """Have L2 forget it; forgotten itself where the queue is full."""
@@ -212,7 +212,9 @@ class Filler:
                 work = self._judged(batch)
                 frames = await trio.to_thread.run_sync(_encode, work, self._l1.codec, self._l2_codec, limiter=self._encoders)
                 for arrival, (l1_frame, l2_frame) in zip(work, frames, strict=True):
-                    if l1_frame is not None:
+                    if l1_frame is not None and arrival.source is Source.L1:
+                        self._l1.recode(arrival.chunk_id, l1_frame)
+                    elif l1_frame is not None:
                         self._l1.compact(arrival.chunk_id, l1_frame)
                     if l2_frame is not None and not self._to_l2.put(_Change(arrival.chunk_id, l2_frame, Why.FILL), len(l2_frame.payload)):
                         self._dropped += 1

@@ -2,9 +2,12 @@
 
 A chunk is held in one of three ways:
 
-    frame              its payload in L1's codec (lz4 unless told otherwise)
+    frame              its payload, in L1's codec (lz4 unless told otherwise) or in the codec in which it came
     frame and decoded  also the plain content, while it is among the recently read: `peek` answers it without decoding
     plain              only the plain content: it does not compress, or has not been compressed yet (`compact`)
+
+What came compressed stays as it came: most of what is read once is never decoded again, and to compress it anew would cost more than to
+verify it. A chunk in a slow codec that is decoded after all is named to `on_slow`, whose answer is `recode`: the next time it is quick.
 
 Decoded copies take at most `decoded_share` of the capacity and leave, oldest read first, before they do; a chunk's
 decoded copy leaves with it. Who leaves the tier is for an `EvictionPolicy` to say; only where chunks that were prefetched and not read yet
@@ -44,6 +47,8 @@ DECODED_BYTES: Final = 224
 """The same for a decoded copy: at most 207 measured."""
 FOREIGN_BYTES: Final = 128
 """The same for remembering a codec that is not the tier's own."""
+SLOW: Final = (int(Codec.GZIP), int(Codec.ZSTD))
+"""Codecs that take several times as long to decode as lz4 and snappy do (zstd 60 us for 64 KiB, lz4 20), on the thread of all reads."""
 POLICY_FREE: Final = 20
 """What a policy takes up to one part in so many of the cap is not counted: L1 holds as many chunks under one that learns as under LRU."""
 POLICY_SHARE: Final = 8
@@ -87,6 +92,8 @@ class MemoryTier:
         self.codec = codec
         self.on_evict: Callable[[list[tuple[bytes, Frame]]], None] | None = None
         """Called with what has just been evicted, after it was given up. Must not call back into the tier."""
+        self.on_slow: Callable[[bytes, bytes], None] | None = None
+        """Called with the id and content of a chunk that had to be decoded from a slow codec. Must not call back into the tier."""
         self._decoded_share = decoded_share
         self._decoded_max = int(capacity_bytes * decoded_share)
         self._policy: EvictionPolicy = LruPolicy() if policy is None else policy
@@ -149,6 +156,8 @@ class MemoryTier:
         self._touched.append(chunk_id)
         self._frame_hits += 1
         self._keep_decoded(chunk_id, plain)
+        if codec != self._codec and codec in SLOW and self.on_slow is not None:
+            self.on_slow(chunk_id, plain)
         if len(self._touched) >= TOUCHES_MAX:
             self._flush_touches()
         return plain
@@ -212,6 +221,22 @@ class MemoryTier:
         self._used += cost
         self._policy.resize(chunk_id, cost)
         self._keep_decoded(chunk_id, plain)
+
+    def recode(self, chunk_id: bytes, frame: Frame) -> None:
+        """Hold a chunk in this frame of it instead of the one that it came in, where there is room for what it is larger."""
+        if chunk_id not in self._foreign or frame.codec == _NONE:
+            return
+        before = self._frame_cost(Frame(self._foreign[chunk_id], self._frames[chunk_id]))
+        cost = self._frame_cost(frame)
+        # A policy may choose this very chunk to make room.
+        if not self._make_room(cost - before) or chunk_id not in self._foreign:
+            return
+        del self._foreign[chunk_id]
+        self._frames[chunk_id] = frame.payload
+        if frame.codec != self._codec:
+            self._foreign[chunk_id] = frame.codec
+        self._used += cost - before
+        self._policy.resize(chunk_id, cost)
 
     def drop_many(self, chunk_ids: Iterable[bytes]) -> None:
         """Give them up without telling `on_evict`; no error for those that are not here."""

@@ -13,9 +13,8 @@ What always holds:
 - Everything here runs on the trio thread, except for the pure function at the end, so what stands between two awaits is
   atomic. A fetch that finds everything in L1 takes no checkpoint.
 
-What comes in (fetched, or written by this host: `add`) is in L1 at once, plain; compressing it there and filling L2
-follow in the background (`fill`). So a reader never waits for a compressor, unless that is behind: then fetches compress
-before they answer, which slows them to what the machine can do.
+What comes in (fetched, or written by this host: `add`) is in L1 at once, in the frame that it came in if there is one. What has
+none is compressed, and L2 filled, in the background (`fill`). So a reader never waits for a compressor.
 
 A delta frame (`novafs.delta`) takes the content of its base to be read: from L1, from L2, else from the frames of its chain in L3,
 all at once. Those fetches are the reader's own and shared with nobody, so none ever waits for one that waits for it.
@@ -46,7 +45,7 @@ from novafs.cache.base import Frame, Tier, TierStatistics
 from novafs.cache.fill import Arrival, Filler, FillStatistics, Source
 from novafs.cache.memory import MemoryStatistics, MemoryTier
 from novafs.chunk import ID_SIZE, Reference
-from novafs.codec import PLAIN_MAX, Codec, decode, encode
+from novafs.codec import PLAIN_MAX, Codec, decode
 from novafs.errors import BugError, CorruptionError, FrameCorruptError, NovaError, ObjectNotFoundError, StoreUnavailableError
 from novafs.latency import LatencyBook
 
@@ -319,7 +318,8 @@ class ChunkCache:
 
     async def _arrival(self, reference: Reference, flight: _Flight) -> bytes:
         while True:
-            await flight.done.wait()
+            if not flight.done.is_set():  # else it would be a checkpoint, and a turn of the event loop, for each chunk of a read
+                await flight.done.wait()
             if flight.plain is not None:
                 return flight.plain
             if flight.error is None:
@@ -404,14 +404,14 @@ class ChunkCache:
                 traffic.hits += 1
                 arrival = Arrival(
                     chunk_id,
-                    item.plain,
-                    item.l1_frame or frames[chunk_id],
+                    item,
+                    frames[chunk_id],
                     Source.L2,
                     prefetched=flight.prefetched and not flight.of_base,
                     place=flight.where,
                 )
                 self._filler.admit(arrival)
-                self._land(flight, plain=item.plain)
+                self._land(flight, plain=item)
         missing = [flight for flight in flights if not flight.done.is_set()]
         traffic.misses += len(missing)
         return missing
@@ -512,7 +512,7 @@ class ChunkCache:
         if wanted[0].place.pack_id in self._gone:
             raise ObjectNotFoundError("it was gone before")
         traffic.requests += 1
-        started_s = trio.current_time()
+        started_s, demand = trio.current_time(), _demanded(wanted)  # as it was sent: who joins it waits shorter than it takes
         try:
             payloads = await self._l3.read_frames([flight.place for flight in wanted])
         except ObjectNotFoundError:
@@ -525,7 +525,7 @@ class ChunkCache:
             traffic.seconds += took_s
             self._l3_gets.note(took_s)
             if self.on_l3_read is not None:
-                self.on_l3_read(took_s, _demanded(wanted))
+                self.on_l3_read(took_s, demand)
         frames = [Frame(flight.place.codec, payload) for flight, payload in zip(wanted, payloads, strict=True)]
         bases: dict[_Flight, bytes] = {}
         if any(frame.codec == Codec.HDE for frame in frames):
@@ -545,9 +545,9 @@ class ChunkCache:
                 traffic.hits += 1
                 whole = frame if frame.codec != Codec.HDE else None
                 prefetched = flight.prefetched and not flight.of_base
-                arrival = Arrival(place.chunk_id, item.plain, item.l1_frame or whole, Source.L3, prefetched=prefetched, place=flight.where)
+                arrival = Arrival(place.chunk_id, item, whole, Source.L3, prefetched=prefetched, place=flight.where)
                 self._filler.admit(arrival)
-                self._land(flight, plain=item.plain)
+                self._land(flight, plain=item)
         return bad
 
     # --- delta frames -----------------------------------------------------------------------------------------
@@ -630,19 +630,17 @@ class ChunkCache:
             raise _again(error) from error
         return base.plain
 
-    async def _verified(self, items: Sequence[_Item], *, demand: bool) -> list[_Content | CorruptionError]:
+    async def _verified(self, items: Sequence[_Item], *, demand: bool) -> list[bytes | CorruptionError]:
         """Decode and check in worker threads, several frames a hop. What nobody waits for has a thread of its own."""
         if not items:
             return []
-        # Behind: then compress here, before anybody is answered, so that readers run no faster than the encoder.
-        l1_codec = self.l1.codec if self._filler.behind else None
         size = max(VERIFY_CHUNKS_MIN, -(-len(items) // self._thread_count)) if demand else PREFETCH_VERIFY_CHUNKS
         limiter = self._workers if demand else self._prefetch_workers
         parts = [items[start : start + size] for start in range(0, len(items), size)]
-        checked: list[list[_Content | CorruptionError]] = [[] for _ in parts]
+        checked: list[list[bytes | CorruptionError]] = [[] for _ in parts]
 
         async def check(number: int) -> None:
-            checked[number] = await trio.to_thread.run_sync(_verify, parts[number], l1_codec, limiter=limiter)
+            checked[number] = await trio.to_thread.run_sync(_verify, parts[number], limiter=limiter)
 
         if len(parts) == 1:
             await check(0)
@@ -687,13 +685,6 @@ class _Item(NamedTuple):
     base: bytes | None = None
 
 
-class _Content(NamedTuple):
-    """Verified. l1_frame: of `plain` in L1's codec, where it was asked for."""
-
-    plain: bytes
-    l1_frame: Frame | None
-
-
 class _Traffic:
     """The counters behind `TrafficStatistics`."""
 
@@ -735,8 +726,8 @@ def _again(error: Exception) -> Exception:
     return copy
 
 
-def _verify(items: Sequence[_Item], l1_codec: Codec | None) -> list[_Content | CorruptionError]:
-    checked: list[_Content | CorruptionError] = []
+def _verify(items: Sequence[_Item]) -> list[bytes | CorruptionError]:
+    checked: list[bytes | CorruptionError] = []
     for chunk_id, frame, base in items:
         try:
             plain = decode(frame.codec, frame.payload, PLAIN_MAX) if base is None else delta.decode(frame.payload, base, PLAIN_MAX)
@@ -747,6 +738,5 @@ def _verify(items: Sequence[_Item], l1_codec: Codec | None) -> list[_Content | C
         if digest != chunk_id:
             checked.append(CorruptionError(f"its content hashes to {digest.hex()}"))
         else:
-            compress = l1_codec is not None and frame.codec not in (l1_codec, Codec.NONE)
-            checked.append(_Content(plain, encode(plain, l1_codec) if compress and l1_codec is not None else None))
+            checked.append(plain)
     return checked

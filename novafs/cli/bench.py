@@ -58,6 +58,9 @@ if TYPE_CHECKING:
 
 PREFIX: Final = "novafs-bench-"
 SIZE_MAX: Final = 256 << 20
+"""Without --size."""
+ASKED_MAX: Final = 1 << 40
+"""With it: how often each block was written is remembered, in a thousandth of the size."""
 L1_SHARE: Final = 4
 """Without --size, at most one part in so many of L1 is taken from what others have there."""
 ROOM: Final = 1.25
@@ -121,6 +124,8 @@ def bench(target: str, works: tuple[str, ...], size: str | None, seconds: float,
         size_bytes = parse_size(size)
         if size_bytes < _MIB or size_bytes % _MIB:
             raise ConfigError(f"--size {size}: expected a multiple of 1 MiB")
+        if size_bytes > ASKED_MAX:
+            raise ConfigError(f"--size {size}: expected at most {format_size(ASKED_MAX)}")
     request = Request(frozenset(chosen), size_bytes, seconds, depth)
     with _Ending() as ending, _place(target, settings, ending) as place:
         document = _measured(place, request, ending)

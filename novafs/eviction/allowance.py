@@ -1,7 +1,8 @@
 """What a learning policy may spend: a share of the processor time that the whole process uses.
 
 A share of the process's own time and not of the clock's: so what a policy costs is in proportion to what the process does, on a busy
-mount and on a quiet one. Saved up is at most `CREDIT_MAX_S`, so no minute is much dearer than the others.
+mount and on a quiet one. It is earned first: what may be spent at the beginning is the share of what the process has used until then.
+Saved up is at most `CREDIT_MAX_S`, so no minute is much dearer than the others.
 
 Always holds: in the long run what is spent is at most the share, as long as the spender stops when `credit_s` is below nothing.
 """
@@ -13,7 +14,6 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-CREDIT_FIRST_S: Final = 0.1
 CREDIT_MAX_S: Final = 0.25
 
 
@@ -28,7 +28,7 @@ class Allowance:
         self._process_s = time.process_time if process_s is None else process_s
         self._at_s = self._process_s() if share else 0.0
         self.spent_s = 0.0
-        self.credit_s = CREDIT_FIRST_S if share else math.inf
+        self.credit_s = min(CREDIT_MAX_S, share * self._at_s) if share else math.inf
         """Seconds that may be spent now."""
 
     @property

@@ -25,7 +25,7 @@ from typing import ClassVar, Final
 import numpy as np
 
 from novafs.errors import ConfigError
-from novafs.eviction.allowance import CREDIT_FIRST_S, Allowance
+from novafs.eviction.allowance import Allowance
 from novafs.eviction.base import EvictionPolicy, Quality
 from novafs.eviction.features import BATCH_MIN, Book
 from novafs.eviction.learner import Learner
@@ -48,7 +48,9 @@ PRESSURES: Final = ((0.03, 4), (0.06, 2))
 PAUSES_MAX: Final = 64
 """Batches of accesses that the shadows may miss for want of credit before their sample is halved."""
 CHANCES_SHARE: Final = 0.25
-"""Of what may be spent, how much the tiers below get: they ask for few chunks at a time, which is dear."""
+"""Of what was spent, and of so much before there is anything, how much the tiers below get: they ask for few chunks at a time, which is
+dear."""
+CHANCES_FIRST_S: Final = 0.1
 APPRENTICE: Final = 3
 """Where its time is limited the model decides from its so manieth training on: what it values before is time that it does not learn in."""
 PENDING_MAX: Final = 1024
@@ -441,7 +443,7 @@ class LearnedPolicy(EvictionPolicy):
             self._learner.forest is None
             or self._apprentice
             or allowance.credit_s < LRU_S
-            or (allowance.limited and self._told_s > CHANCES_SHARE * (spent_s + CREDIT_FIRST_S))
+            or (allowance.limited and self._told_s > CHANCES_SHARE * (spent_s + CHANCES_FIRST_S))
         ):
             return [None] * len(keys)
         self._catch_up()

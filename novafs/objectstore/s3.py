@@ -36,6 +36,7 @@ from novafs.objectstore.options import StoreOptions
 from novafs.objectstore.probe import probe_create_only
 from novafs.objectstore.s3direct import Answer, DirectRequests
 from novafs.objectstore.s3http import acknowledge_at_once
+from novafs.objectstore.s3models import read_quickly
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -352,6 +353,7 @@ class S3Store(ObjectStore):
     def _make_client(self) -> tuple[S3Client, DirectRequests | None]:
         options = self._options
         core = botocore.session.Session()
+        read_quickly(core)
         core.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=parse_time)
         session = boto3.session.Session(profile_name=self._profile, botocore_session=core)
         client: S3Client = session.client(

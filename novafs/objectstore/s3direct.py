@@ -1,9 +1,9 @@
-"""One GET or PUT of an object with a fraction of the SDK's work: botocore's own signer and connections, without its model of the call.
+"""One GET or PUT of an object with a fraction of the SDK's work: over its connections, without its model of the call.
 
 Of the CPU time of a small request most goes into validating parameters, resolving the endpoint, serializing and parsing by the service
 model, each time anew and each time with the same result. The reads of a boot and an fsync that must reach the store wait for that.
 So the address of the bucket and the region that signatures name are asked of the SDK once, and these two requests are then put
-together here.
+together here, signed (`s3sign`) and sent (`s3wire`). Where no connection is open botocore signs and sends, and so opens one.
 
 What always holds: only a plain success (200, 206) counts. A store that is away or fails (5xx, 429) is an error like the SDK's, so that
 nobody waits for it twice; where the SDK is to retry by itself, these requests are not made. Whatever else happens, the caller asks the SDK
@@ -21,6 +21,7 @@ import re
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from urllib.parse import urlsplit
 
 import botocore
 from botocore.auth import S3SigV4Auth
@@ -29,9 +30,11 @@ from botocore.exceptions import BotoCoreError, ClientError
 from botocore.utils import percent_encode
 
 from novafs import __version__
+from novafs.objectstore.s3sign import Signer
+from novafs.objectstore.s3wire import Wire
 
 if TYPE_CHECKING:
-    from botocore.credentials import Credentials
+    from botocore.credentials import Credentials, ReadOnlyCredentials
     from mypy_boto3_s3 import S3Client
 
 log = logging.getLogger(__name__)
@@ -67,6 +70,9 @@ class DirectRequests:
         self._credentials = credentials
         self._region = region
         self._base = base
+        self._path = urlsplit(base).path
+        self._signer = Signer(region, S3SigV4Auth(credentials, "s3", region).headers_to_sign(AWSRequest("GET", base))["host"])
+        self._wire = Wire.of(http_session, base)
         self._failures = 0
         self._rests_until_s = 0.0
 
@@ -104,28 +110,40 @@ class DirectRequests:
         if self._failures >= FAILURES_MAX and time.monotonic() < self._rests_until_s:
             return None
         try:
-            request = AWSRequest(method, self._base + percent_encode(key, safe="/~"), data=data, headers=dict(headers))
-            request.headers["User-Agent"] = USER_AGENT
-            S3SigV4Auth(self._credentials.get_frozen_credentials(), "s3", self._region).add_auth(request)
+            credentials = self._credentials.get_frozen_credentials()
         except BotoCoreError as error:
             self._failed(method, error)
             return None
-        answer = self._http.send(request.prepare())
-        status = answer.status_code
+        status, found, content = self._exchange(credentials, method, percent_encode(key, safe="/~"), headers, data)
         if status not in _ANSWERED:
             if status >= 500 or status == 429:
-                raise ClientError(_error(status, answer.content), f"{method} Object")
+                raise ClientError(_error(status, content), f"{method} Object")
             # A name that is not there, or is taken, is an answer of a store that is well.
             if status not in (404, 409, 412, 416):
                 self._failed(method, f"status {status}")
             return None
-        length = answer.headers.get("Content-Length", "")
+        length = found.get("Content-Length", "")
         # The length of a PUT's answer does not matter. To ask again for its sake would find the object that was just created.
-        if not answer.headers.get("ETag") or (method == "GET" and not (length.isascii() and length.isdigit())):
+        if not found.get("ETag") or (method == "GET" and not (length.isascii() and length.isdigit())):
             self._failed(method, "an answer that is not S3's")
             return None
         self._failures = 0
-        return Answer(status, answer.headers, answer.content, int(length) if method == "GET" else 0)
+        return Answer(status, found, content, int(length) if method == "GET" else 0)
+
+    def _exchange(
+        self, credentials: ReadOnlyCredentials, method: str, name: str, headers: Mapping[str, str], data: bytes
+    ) -> tuple[int, Mapping[str, str], bytes]:
+        """Status, headers and body of what was answered. name: encoded. Raises what the SDK raises."""
+        if self._wire is not None:
+            signed = self._signer.signed(credentials, method, self._path + name, headers, data)
+            signed.update({"user-agent": USER_AGENT, "accept-encoding": "identity"})
+            if (quick := self._wire.exchange(method, self._path + name, signed, data)) is not None:
+                return quick
+        request = AWSRequest(method, self._base + name, data=data, headers=dict(headers))
+        request.headers["User-Agent"] = USER_AGENT
+        S3SigV4Auth(credentials, "s3", self._region).add_auth(request)
+        answer = self._http.send(request.prepare())
+        return answer.status_code, answer.headers, answer.content
 
     def _failed(self, method: str, found: object) -> None:
         self._failures += 1

@@ -22,7 +22,7 @@ class Settings:
     prefetch_aggression: float = 0.0
     prefetch_traffic_max: float = 1.5
     """Backend traffic as a multiple of what there would be without prefetch."""
-    read_around_bytes: int = 2 << 20
+    read_around_bytes: int = 8 << 20
     """What is fetched around a miss of an image of which nothing is known, where the store is far; 0: nothing."""
     chunk_size: int = 65536
     places_max: int = PLACES_MAX

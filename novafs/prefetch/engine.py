@@ -55,7 +55,7 @@ WINDOW_SHARE: Final = 4
 LATE_FACTOR: Final = 0.7
 INTERVAL_MIN_S: Final = 1e-5
 IMAGE_BYTES: Final = 30_000
-STATE_BYTES: Final = 260
+STATE_BYTES: Final = 370
 HELD_BYTES: Final = 210
 GATE_BYTES: Final = 9 << 20
 """What one of each takes, measured with tracemalloc; `test_the_memory_that_is_told_is_about_what_is_taken` measures it again."""
@@ -381,6 +381,16 @@ class PrefetchEngine:
                 issue = self._issued.pop(place, None)
                 if issue is not None:
                     self._wasted(issue)
+
+    def by_run(self, number: int, *, issued: int = 0, used: int = 0, late: int = 0, wasted: int = 0, dropped: int = 0) -> None:
+        """Count what was fetched for a long run (`longrun.py`), or became of it, among the prefetches."""
+        image = self._images.get(number)
+        for counts in (self._totals, self._by_origin[Origin.SEQUENTIAL], *(() if image is None else (image.counts,))):
+            counts.issued += issued
+            counts.used += used
+            counts.late += late
+            counts.wasted += wasted
+            counts.dropped += dropped
 
     def statistics(self) -> EngineStatistics:
         """A snapshot of the counters."""

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from typing import Final
 
-SHARE: Final = 0.027
-"""Below the 5 % that are allowed: what must be done anyhow is counted, too, and saved by nothing."""
+SHARE: Final = 0.023
+"""Below the 5 % that are allowed, beside eviction's (`novafs.volume`): what must be done anyhow is counted, too, and saved by nothing."""
 CREDIT_S_MAX: Final = 0.25
 """CPU seconds that may be saved up in quiet times."""
-CREDIT_S_FIRST: Final = 0.0
 FAR_S: Final = 0.02
 
 
@@ -22,9 +21,10 @@ class Throttle:
 
     __slots__ = ("_credit_s", "_share", "policy_s", "process_s")
 
-    def __init__(self, share: float = SHARE) -> None:
+    def __init__(self, share: float = SHARE, *, spent_s: float = 0.0) -> None:
+        """spent_s: CPU seconds of the process so far, all of them for other things: a young process has earned little, and no more."""
         self._share = share
-        self._credit_s = CREDIT_S_FIRST
+        self._credit_s = min(CREDIT_S_MAX, share * spent_s)
         self.policy_s = 0.0
         self.process_s = 0.0
 

@@ -5,7 +5,7 @@
 
     images      an image of each size, sparse (ten chunks are mapped) and full: open, first read, a write, clone, snapshot, rollback
     directory   so many images in one directory: look up, list, create, rename, remove, and what another host's change costs
-    mount       the same on a real mount: `ls -l`, create, rename, remove
+    mount       the same on a real mount: until it answers, `ls -l`, create, rename, remove, and the daemon's memory
     chunks      `gc` and `fsck` over so many chunks: a dry run, with nothing to do, both passes after half of the images were removed;
                 "in order" as imports lay them out, "scattered" with neighbours in different packs, where most of each pack is removed
     import      one more image of 1 GiB, into a volume of so many chunks, on a host that has never seen it and on one that has
@@ -275,6 +275,8 @@ def mount(options: argparse.Namespace, directory: Path) -> list[Row]:
             step("create", "touch", str(many / "new"))
             step("rename", "mv", str(many / "new"), str(many / "renamed"))
             step("remove", "rm", str(many / "renamed"))
+            status = Path(f"/proc/{daemon.process.pid}/status").read_text()
+            made.append(Row("mount: memory of the daemon", n, memory_mib=int(status.split("VmHWM:")[1].split()[0]) / 1024))
             daemon.unmount()
             daemon.wait()
     return made

@@ -226,7 +226,8 @@ def test_what_is_wrong_is_said_in_one_line(plain: Mount, tmp_path: Path, command
         ((plain.path, "--work", "raed"), 2, "--work raed: is none; choose of write, read, "),
         ((plain.path, "--seconds", "nan"), 2, "--seconds nan: expected a number of seconds"),
         ((plain.path, "--size", "5000"), 2, "--size 5000: expected a multiple of 1 MiB"),
-        ((plain.path, "--size", "3000TiB"), 1, "a bench of 2.9 PiB needs 3.7 PiB, and the volume has "),
+        ((plain.path, "--size", "3000TiB"), 2, "--size 3000TiB: expected at most 1.0 TiB"),
+        ((plain.path, "--size", "1TiB"), 1, "a bench of 1.0 TiB needs 1.2 TiB, and the volume has "),
         ((plain.path / "missing",), 1, f"{plain.path / 'missing'}: is no directory of the mount at {plain.path}"),
     ):
         told = command.fails("bench", *arguments, status=status)

@@ -77,6 +77,17 @@ class MapMachine(RuleBasedStateMachine):
         self.model = {i: e for i, e in self.model.items() if e != HOLE_BYTES}
         self.state = new
 
+    @rule(length=POSITIONS)
+    def grow(self, length: int) -> None:
+        before = (self.state.top, self.state.chunks, self.state.levels)
+        grown = self.state.grown(length)
+        assert (self.state.top, self.state.chunks, self.state.levels) == before
+        if grown is None:
+            assert length < self.state.chunks or (self.model and levels_for(length) > self.state.levels)
+        else:
+            assert grown.chunks == length
+            self.state = grown
+
     @rule()
     def reopen(self) -> None:
         self.state = MapState(self.state.chunks, self.state.levels, self.state.top)

@@ -135,6 +135,18 @@ def test_a_path_longer_than_an_address_can_be_works(tmp_path: Path) -> None:
         assert call(path, "echo", a=1) == {"a": 1}
 
 
+def test_a_request_that_lacks_something_is_the_askers_mistake(path: Path) -> None:
+    async def needy(request: Mapping[str, Any]) -> object:
+        await trio.lowlevel.checkpoint()
+        return request["image"]
+
+    with (
+        serving(path, needy=needy),
+        pytest.raises(ConfigError, match=r"the operation 'needy' needs 'image', and the request has only 'b', 'op'"),
+    ):
+        call(path, "needy", b=1)
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from novafs.errors import NewerFormatError, ObjectCorruptError
-from novafs.eviction.allowance import CREDIT_FIRST_S, CREDIT_MAX_S, Allowance
+from novafs.eviction.allowance import CREDIT_MAX_S, Allowance
 from novafs.eviction.base import EvictionPolicy, Quality
 from novafs.eviction.features import BATCH_MIN, FEATURES
-from novafs.eviction.learned import APPRENTICE, LRU, MODEL, SHADOW_S, LearnedPolicy
+from novafs.eviction.learned import APPRENTICE, CHANCES_FIRST_S, LRU, MODEL, SHADOW_S, LearnedPolicy
 from novafs.eviction.lru import LruPolicy
 from novafs.eviction.shadow import SHADOW_CHUNKS, SHADOW_CHUNKS_MIN, Shadows
 from novafs.eviction.state import KIND, MODEL_MAX, VERSION, ForestRecord
@@ -296,9 +296,9 @@ def test_moving_over_goes_in_slices_and_ends() -> None:
 
 
 def test_beyond_its_share_of_the_processor_it_is_lru() -> None:
-    policy, process_s = trained(), 100.0
+    policy, process_s = trained(), 2.0
     policy._allowance = Allowance(0.05, process_s=lambda: process_s)
-    assert policy._allowance.credit_s == CREDIT_FIRST_S
+    assert policy._allowance.credit_s == pytest.approx(0.1)  # earned before
     policy._allowance.spend(1.0)
     assert not policy.work()
     assert policy.chances([key_of(1)]) == [None]
@@ -321,13 +321,15 @@ def test_beyond_its_share_of_the_processor_it_is_lru() -> None:
 
 
 def test_what_it_may_spend_grows_with_the_process_and_is_not_hoarded() -> None:
-    process_s = 5.0
+    process_s = 0.0
+    assert Allowance(0.05, process_s=lambda: process_s).credit_s == 0.0
+    process_s = 2.0
     allowance = Allowance(0.05, process_s=lambda: process_s)
     allowance.spend(0.25)
-    assert allowance.credit_s == pytest.approx(CREDIT_FIRST_S - 0.25)
-    process_s = 7.0
+    assert allowance.credit_s == pytest.approx(0.1 - 0.25)
+    process_s = 4.0
     allowance.refresh()
-    assert allowance.credit_s == pytest.approx(CREDIT_FIRST_S - 0.15)
+    assert allowance.credit_s == pytest.approx(0.1 - 0.15)
     process_s = 7000.0
     allowance.refresh()
     assert allowance.credit_s == CREDIT_MAX_S
@@ -339,10 +341,10 @@ def test_what_it_may_spend_grows_with_the_process_and_is_not_hoarded() -> None:
 
 
 def test_what_the_tiers_below_ask_takes_a_share_of_what_may_be_spent() -> None:
-    policy, process_s = trained(), 0.0
+    policy, process_s = trained(), 2.0
     policy._allowance = Allowance(0.05, process_s=lambda: process_s)
     assert policy.chances([key_of(1)]) != [None]
-    policy._told_s = CREDIT_FIRST_S
+    policy._told_s = CHANCES_FIRST_S
     assert policy.chances([key_of(1)]) == [None]
     policy._allowance.spent_s = 10.0
     assert policy.chances([key_of(1)]) != [None]
@@ -387,7 +389,7 @@ def test_where_its_time_is_limited_it_is_lru_until_it_has_learned_for_a_while() 
 def test_shadows_that_are_starved_take_a_smaller_sample() -> None:
     policy = trained(SHADOW_CHUNKS)
     policy._allowance = Allowance(0.05, process_s=lambda: 0.0)
-    policy._allowance.spend(CREDIT_FIRST_S - SHADOW_S / 2)
+    policy._allowance.spend(-SHADOW_S / 2)
     keys = [key_of(number) for number in range(BATCH_MIN)]
     shadow = policy._shadows
     assert shadow is not None

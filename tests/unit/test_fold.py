@@ -68,10 +68,10 @@ class Scene:
 
     async def check(self) -> None:
         """Here and on another host everything is as it must be."""
-        assert await self.image.read(0, SIZE) == self.content
+        assert await self.image.read(0, len(self.content) + 1) == self.content
         async with opened(f"file://{self.directory / 'store'}", self.directory / "other", read_only=True) as other:
             image = await other.open_image((await other.catalog.resolve("disk.raw")).node_id)
-            assert await image.read(0, SIZE) == self.content
+            assert await image.read(0, len(self.content) + 1) == self.content
             assert (image.head.stored_bytes, image.head.allocated_chunks) == await counted(image)
             await other.close_image(image)
 
@@ -171,6 +171,33 @@ async def test_a_commit_of_another_map_drops_the_fold(tmp_path: Path) -> None:
         gate.set()
         await trio.testing.wait_all_tasks_blocked(0.05)
         await here.fsync_pieces(3)
+        await here.check()
+
+
+@trio_test
+@pytest.mark.parametrize("grown", [SIZE + 5 * CHUNK, 300 * CHUNK], ids=["of the same depth", "deeper"])
+async def test_an_image_grows_while_it_is_folded(tmp_path: Path, grown: int) -> None:
+    async with scene(tmp_path) as here:
+        gate = trio.Event()
+        here.hold["packs"] = gate.wait
+        await here.fsync_pieces(ENOUGH)
+        fold = here.image._fold
+        assert fold is not None
+        if grown == 300 * CHUNK:  # this is no patch
+            del here.hold["packs"]
+        here.content += bytes(grown - SIZE)
+        here.content[-PIECE:] = os.urandom(PIECE)
+        await here.image.write(grown - PIECE, bytes(here.content[-PIECE:]))
+        await here.image.fsync()
+        await here.fsync_pieces(2)
+        assert (here.image._fold is fold) == (grown != 300 * CHUNK)
+        gate.set()
+        if here.image._fold is fold:
+            await settled(here.image)
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        assert "packs" not in await here.fsync_pieces(3)
+        if grown != 300 * CHUNK:
+            assert len(here.image.head.patch) == 6, "the new map holds what was folded, and is as long as the image"
         await here.check()
 
 

@@ -116,6 +116,32 @@ def test_a_chunk_inserted_plain_is_compacted_when_its_frame_comes() -> None:
     assert tier.get_many([chunk_id]) == {chunk_id: frame}
 
 
+def test_a_slow_frame_is_named_when_it_is_decoded_and_may_be_replaced() -> None:
+    tier, named = MemoryTier(capacity_bytes=20 * CHUNK, decoded_share=0.0), []
+    tier.on_slow = lambda chunk_id, plain: named.append((chunk_id, plain))
+    slow, quick, plain = new_id(), new_id(), text(7)
+    tier.insert(slow, plain, encode(plain, Codec.ZSTD))
+    tier.insert(quick, plain, encode(plain, Codec.SNAPPY))
+    assert tier.peek(slow) == tier.peek(quick) == plain
+    assert named == [(slow, plain)]
+    tier.recode(slow, encode(plain, Codec.LZ4))
+    tier.recode(new_id(), encode(plain, Codec.LZ4))  # evicted meanwhile
+    assert tier.peek(slow) == plain
+    assert len(named) == 1
+    assert tier.get_many([slow])[slow] == encode(plain, Codec.LZ4)
+    assert tier.used_bytes == recount(tier)
+
+
+def test_a_frame_that_would_be_larger_than_what_there_is_replaces_nothing() -> None:
+    plain, chunk_id = text(7), new_id()
+    small = encode(plain, Codec.ZSTD)
+    tier = MemoryTier(capacity_bytes=len(small.payload) + ENTRY_BYTES + FOREIGN_BYTES, decoded_share=0.0)
+    assert tier.insert(chunk_id, plain, small)
+    tier.recode(chunk_id, Frame(Codec.LZ4, noise()))
+    assert tier.get_many([chunk_id])[chunk_id] == small
+    assert tier.used_bytes == recount(tier)
+
+
 def test_compacting_keeps_no_copy_where_the_decoded_share_has_no_room() -> None:
     tier = MemoryTier(capacity_bytes=1 << 20, decoded_share=0)
     chunk_id = new_id()
@@ -325,12 +351,15 @@ class Machine(RuleBasedStateMachine):
 
     @rule(number=number, how=st.sampled_from(["lz4", "zstd", "swollen"]))
     def compact(self, number: int, how: str) -> None:
-        frame = (
-            Frame(Codec.GZIP, gzip.compress(self.plains[number], 0))
-            if how == "swollen"
-            else encode(self.plains[number], Codec[how.upper()])
-        )
-        self.tier.compact(self.ids[number], frame)
+        self.tier.compact(self.ids[number], self.frame(number, how))
+
+    @rule(number=number, how=st.sampled_from(["lz4", "zstd", "swollen"]))
+    def recode(self, number: int, how: str) -> None:
+        self.tier.recode(self.ids[number], self.frame(number, how))
+
+    def frame(self, number: int, how: str) -> Frame:
+        plain = self.plains[number]
+        return Frame(Codec.GZIP, gzip.compress(plain, 0)) if how == "swollen" else encode(plain, Codec[how.upper()])
 
     @rule(number=number, codec=st.sampled_from(WHOLE))
     def put(self, number: int, codec: Codec) -> None:

@@ -104,6 +104,52 @@ def test_every_reader_of_a_generation_sees_its_patch(tmp_path: Path) -> None:
     trio.run(main)
 
 
+def test_an_image_grows_by_patches(tmp_path: Path) -> None:
+    """One request an fsync from the first write on, wherever it lies; readers elsewhere, and commits in full, have it all."""
+
+    async def main() -> None:
+        size = 300 * CHUNK
+        content = bytearray(size)
+        async with fresh_volume(tmp_path, durability="store", writeback__interval="1h") as volume:
+            entry = await volume.create(ROOT_ID, "disk.raw")
+            image = await volume.open_image(entry.node_id)
+            await image.take_lease()
+            before = requests(volume)
+            for number, at in enumerate((3 * CHUNK, 2 * CHUNK + 100, 280 * CHUNK, 290 * CHUNK - 50, 7 * CHUNK)):
+                content[at : at + 300] = os.urandom(300)
+                await image.write(at, bytes(content[at : at + 300]))
+                await image.fsync()
+                assert requests(volume) - before == number + 1
+            await image.resize(size)
+            await image.fsync()
+            assert requests(volume) - before == 6
+            assert len(image.head.patch) == 6  # one lies in two chunks
+
+            async def check() -> None:
+                assert await image.read(0, 2 * size) == content
+                async with opened(f"file://{tmp_path / 'store'}", tmp_path / "other", read_only=True) as other:
+                    there = await other.open_image((await other.catalog.resolve("disk.raw")).node_id)
+                    assert await there.read(0, 2 * size) == content
+                    await other.close_image(there)
+
+            await check()
+            await image.write(0, b"in full")
+            content[:7] = b"in full"
+            await image.commit()
+            assert not image.head.patch
+            await check()
+            await image.resize(size + 10 * CHUNK)
+            await image.write(size + 4 * CHUNK, b"end")
+            content += bytes(4 * CHUNK) + b"end" + bytes(6 * CHUNK - 3)
+            before = requests(volume)
+            await image.fsync()
+            assert requests(volume) - before == 1
+            await check()
+            await volume.close_image(image)
+
+    trio.run(main)
+
+
 def test_what_is_no_patch_is_committed_in_full(tmp_path: Path) -> None:
     async def main() -> None:
         async with fresh_volume(tmp_path, durability="store", writeback__interval="1h") as volume:
@@ -111,7 +157,7 @@ def test_what_is_no_patch_is_committed_in_full(tmp_path: Path) -> None:
             await image.write(0, os.urandom(BYTES_MAX + 1))
             await image.fsync()
             assert not image.head.patch
-            await image.write(SIZE, b"more chunks than the map has")
+            await image.write(300 * CHUNK, b"more chunks than a map of this depth has")
             await image.fsync()
             assert not image.head.patch
             for number in range(EXTENTS_MAX + 1):

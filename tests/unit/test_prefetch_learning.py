@@ -251,6 +251,14 @@ def test_the_throttle_closes_above_its_share_and_opens_again() -> None:
     assert throttle.policy_s / throttle.process_s == pytest.approx(1.0 / 25.0)
 
 
+def test_a_young_process_may_spend_what_it_has_earned_and_no_more() -> None:
+    throttle = Throttle(0.05, spent_s=2.0)
+    throttle.account(0.099, 0.0)
+    assert throttle.open
+    throttle.account(0.002, 0.0)
+    assert not throttle.open
+
+
 # --- profiles ---------------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.bench.peers.plots import Span, range_chart
 from tests.bench.peers.results import Measured
-from tests.bench.peers.rows import POLICY_SHARE_MAX, ROWS, Found, Row, found, holds, taken
+from tests.bench.peers.rows import POLICY_SHARE_MAX, ROWS, Found, Row, found, has, holds, taken
 
 BEGIN = "<!-- peers: begin; written by `make bench` -->"
 END = "<!-- peers: end -->"
@@ -31,7 +31,7 @@ def section(results: Mapping[str, Measured]) -> str:
     """The text between the comments."""
     lines = ["| work | beside | wanted | ratio: median (spread) | NovaFS | the other | rounds |", "|---|---|---|---|---|---|---|"]
     for row in ROWS:
-        if row.scenario in results:
+        if has(row, results):
             lines.append(_line(row, found(row, results[row.scenario])))
     lines += _worst(results)
     lines += ["", "![ratios as shares of what is wanted](performance/ratios.svg)", "", "![a boot](performance/boots.svg)", ""]
@@ -88,7 +88,7 @@ def plots(results: Mapping[str, Measured]) -> dict[str, str]:
     """SVG texts by file name."""
     spans = []
     for row in ROWS:
-        if row.scenario in results:
+        if has(row, results):
             of = found(row, results[row.scenario])
             spans.append(Span(f"{row.work}: {row.beside}", *of.score(row), group=0 if holds(row, of.median) else 1))
     made = {}

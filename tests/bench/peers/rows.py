@@ -75,12 +75,28 @@ ROWS = (
     Row("whole image, nothing cached", "whole", "JuiceFS", "s", 2, "juicefs"),
     Row("import", "import", "JuiceFS, copying it in", "s", 1, "juicefs"),
     Row("import, without the command's start", "import", "SHA-256 and Zstd on two cores", "s", 0.8, "bound", "novafs import"),
+    Row("the same into a local directory", "import", "SHA-256 and Zstd on two cores", "s", 0.8, "bound", "local import"),
     Row("4 KiB random writes, each fsynced", "fsync", "host's file", "IOPS", 0.5, "host"),
     Row("4 KiB random writes, each fsynced", "fsync", "JuiceFS `--writeback`", "IOPS", 1.5, "writeback"),
     Row("4 KiB random writes, each fsynced", "fsync", "JuiceFS", "IOPS", 10, "juicefs"),
     Row("ten guests on ten clones: bytes from the store", "clones", "one guest", "B", 1.1, "one l3 bytes", "ten l3 bytes", at_most=True),
     Row("ten guests on ten clones: chunks into L1", "clones", "one guest", "chunks", 1.1, "one l1 chunks", "ten l1 chunks", at_most=True),
+    Row(
+        "mixed load on an L1 of 256 MiB: memory",
+        "mixed",
+        "its own, a sixth of the time in",
+        "B",
+        1.05,
+        "memory 2",
+        "memory 6",
+        at_most=True,
+    ),
 )
+
+
+def has(row: Row, results: Mapping[str, Measured]) -> bool:
+    """Whether its figures were measured: a result may be older than a row."""
+    return row.scenario in results and all({row.ours, row.theirs} <= one.keys() for one in results[row.scenario].rounds)
 
 
 def found(row: Row, measured: Measured) -> Found:

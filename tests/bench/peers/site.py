@@ -234,13 +234,17 @@ def timed(work: Callable[..., object], *arguments: object) -> float:
     return time.perf_counter() - began_s
 
 
+def memory_of(pid: int, which: str) -> int:
+    """What a process has resident now (VmRSS) or had at most (VmHWM), in bytes."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(f"{which}:")) << 10
+
+
 def _taken(mount: Mount, l1_bytes: int) -> Daemon:
     metrics = Metrics(mount)
-    status = Path(f"/proc/{mount.process.pid}/status").read_text()
-    peak_kib = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
     return Daemon(
         l1_bytes=l1_bytes,
-        peak_bytes=peak_kib << 10,
+        peak_bytes=memory_of(mount.process.pid, "VmHWM"),
         policy_cpu_s=metrics.sum("novafs_policy_cpu_seconds_total"),
         process_cpu_s=metrics.sum("process_cpu_seconds_total"),
     )
