@@ -49,7 +49,7 @@ SPARED_WAKE: Final = 64
 """The others wait for company: waking up costs as much as all that is spared."""
 LOG_MAX: Final = 4096
 NOTED: Final = 32
-NOTED_FIRST: Final = 8192
+NOTED_FIRST: Final = 2048
 """Of the hits of an image one in so many is noted where there are too many to note, but the first after an open all: its profile
 begins with them."""
 RECENT_MAX: Final = 1 << 14
@@ -58,6 +58,7 @@ STEP: Final = 64
 TICK_S: Final = 0.25
 WARM_S: Final = 60.0
 WEIGH_S: Final = 10.0
+REST_S: Final = 1.0
 ENGINE_SHARE: Final = 4
 """What the engine takes is counted in L1 up to one part in so many: in a tiny one its tables would leave no room."""
 IDLE_S: Final = 1.0
@@ -116,6 +117,7 @@ class Prefetcher:
         self.throttle = Throttle(spent_s=time.process_time())
         self._cache = cache
         self._requests_max = max(1, requests_max // 2)
+        self._shift = settings.chunk_size.bit_length() - 1
         self._requests = 0
         self._spared = 0
         self._last_miss = (-1, -1)
@@ -264,7 +266,7 @@ class Prefetcher:
         """Work until cancelled."""
         self._nursery = nursery
         warm_at_s = trio.current_time() + WARM_S
-        weigh_at_s = 0.0
+        weigh_at_s = rest_at_s = 0.0
         process_s = time.process_time()
         while True:
             with trio.move_on_after(TICK_S):
@@ -285,6 +287,9 @@ class Prefetcher:
                 if now_s >= weigh_at_s:
                     weigh_at_s = now_s + WEIGH_S
                     self._cache.l1.set_reserved("prefetch", min(self.engine.memory_bytes(), self._cache.l1.capacity_bytes // ENGINE_SHARE))
+                if now_s >= rest_at_s:
+                    rest_at_s = now_s + REST_S
+                    self._rest()
                 if now_s >= warm_at_s:
                     warm_at_s = now_s + WARM_S
                     self.engine.warm(time.time())
@@ -424,15 +429,25 @@ class Prefetcher:
                 self.runs.asked(run, [place & INDEX_MASK for place, _ in places], [key_of(reference.chunk_id) for _, reference in places])
                 self.engine.by_run(run.image, issued=len(places))
                 self._nursery.start_soon(self._fetch_for_run, run.image, places, self._take(places))
-            if held:
+            if held and run.ahead << self._shift >= held[-1].size:
+                run.asleep = True  # nothing is left to be asked for
+            elif held and not run.asleep:
                 # Whoever is told of reads is to be woken when a piece more may be asked for.
                 held[-1].watch_from = run.asked[min(PIECE, len(run.asked)) - 1] if run.asked else run.end
+
+    def _rest(self) -> None:
+        """Runs that have stood still since the last call are over, and their images are read as any other."""
+        self.runs.rest()
+        for number, held in self._open.items():
+            if not self.runs.running(number):
+                for image in held:
+                    image.watch_from = NEVER
 
     def _ahead_of(self, run: LongRun, image: ImageReader, most: int) -> list[tuple[Place, Reference]]:
         """The next chunks ahead of a run that are neither holes nor here; none where the map is to be loaded first or all is here."""
         places: list[tuple[Place, Reference]] = []
         base, here = run.image << INDEX_BITS, 0
-        end = min(run.ahead + LOOKED_AT, (image.size + self.engine.settings.chunk_size - 1) // self.engine.settings.chunk_size)
+        end = min(run.ahead + LOOKED_AT, -(-image.size >> self._shift))
         while run.ahead < end and len(places) < most:
             raw = image.entry_nowait(run.ahead)
             if raw is None:

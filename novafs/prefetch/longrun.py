@@ -27,8 +27,10 @@ FAR: Final = 48
 """Chunks after which a run is a long one."""
 SLACK: Final = 64
 """Readers that ask for several pieces at once are answered, and go on, out of order by so many chunks."""
-DENSE: Final = (3, 4)
-"""Three chunks of four were read: random reads in a small file do not make a run."""
+STRAY: Final = 4
+"""At most one chunk in so many was left out or read again: random reads in a small image do not make a run."""
+SAME: Final = 4
+"""Readers of small pieces, many at a time, are in the same few chunks with all of them."""
 AHEAD: Final = 3
 """The window is one part in so many of what lies behind."""
 CACHE_SHARE: Final = 8
@@ -44,19 +46,26 @@ PIECE_MIN: Final = 16
 class Run:
     """One reader's way through an image: forward, from `start` to `end`."""
 
-    __slots__ = ("ahead", "asked", "asleep", "end", "image", "loading", "seen", "start")
+    __slots__ = ("again", "ahead", "asked", "asleep", "end", "image", "left_out", "loading", "moved", "skipped", "start")
 
     def __init__(self, image: int, first: int, last: int) -> None:
         self.image = image
         self.start = first
         self.end = last
-        self.seen = last - first + 1
+        self.again = 0
+        """Reads of what it had read before: a run has next to none."""
+        self.left_out = 0
+        """Chunks that it jumped over, and did not come back for;"""
+        self.skipped: set[int] = set()
+        """those for which it may still come back."""
         self.ahead = last + 1
         """Up to here the image has been looked through."""
         self.asked: deque[int] = deque()
         """Indexes between `end` and `ahead` that were asked for."""
         self.asleep = True
         """It has not had to wait of late."""
+        self.moved = True
+        """It went on since the last `LongRuns.rest`."""
         self.loading = False
         """The map where it would look next is on its way."""
 
@@ -64,7 +73,7 @@ class Run:
     def far(self) -> bool:
         """Whether it is a long one."""
         span = self.end - self.start + 1
-        return span >= FAR and self.seen * DENSE[1] >= span * DENSE[0]
+        return span >= FAR and (self.left_out + self.again) * STRAY <= span
 
 
 class LongRuns:
@@ -75,9 +84,8 @@ class LongRuns:
         self._capacity = capacity_chunks
         self._most = 0
         self.retune(most_chunks=most_chunks)
-        self._runs: OrderedDict[int, Run] = OrderedDict()
-        """By number, latest read last."""
-        self._next = 0
+        self._runs: OrderedDict[tuple[int, int], Run] = OrderedDict()
+        """By image and the part of it, of `SLACK` chunks, in which they end; latest read last."""
         self._unread: dict[Key, int] = {}
         """What was asked for and not read since → its image."""
 
@@ -91,23 +99,29 @@ class LongRuns:
         """Chunks were read: the run that they belong to, where it is a long one. waited: they were not all there."""
         if not self._most:
             return None
-        for number in reversed(self._runs):
-            run = self._runs[number]
-            if run.image == image and run.end - SLACK < first <= run.end + SLACK:
+        part = first // SLACK
+        for where in ((image, part), (image, part - 1), (image, part + 1)):
+            run = self._runs.get(where)
+            if run is not None and run.end - SLACK < first <= run.end + SLACK:
                 break
         else:
-            self._runs[self._next] = Run(image, first, last)
-            self._next += 1
-            if len(self._runs) > RUNS_MAX:
-                self._runs.popitem(last=False)
+            if waited:  # what is there needs no help
+                self._enter(Run(image, first, last))
             return None
-        self._runs.move_to_end(number)
-        if first == run.end and last > run.end:
-            first += 1  # a reader of less than a chunk, or past the middle of one
-        run.seen += last - first + 1
         if last > run.end:
-            run.end = last
-        run.seen = min(run.seen, run.end - run.start + 1)
+            if first > run.end + 1:
+                run.left_out += first - run.end - 1
+                run.skipped = {index for index in run.skipped if index > first - SLACK}.union(range(run.end + 1, first))
+            run.end, run.moved = last, True
+            del self._runs[where]
+            self._enter(run)
+        elif run.skipped:
+            before = len(run.skipped)
+            run.skipped.difference_update(range(first, last + 1))
+            run.left_out -= before - len(run.skipped)
+            run.again += before == len(run.skipped) and last < run.end - SAME
+        elif last < run.end - SAME:
+            run.again += 1
         asked = run.asked
         while asked and asked[0] <= run.end:
             asked.popleft()
@@ -119,9 +133,26 @@ class LongRuns:
             run.asleep = False
         return None if run.asleep else run
 
+    def _enter(self, run: Run) -> None:
+        where = run.image, run.end // SLACK
+        self._runs[where] = run
+        self._runs.move_to_end(where)
+        if len(self._runs) > RUNS_MAX:
+            self._runs.popitem(last=False)
+
     def awake(self) -> list[Run]:
         """Those for which something is to be fetched, the one that was read last first."""
         return [run for run in reversed(self._runs.values()) if not run.asleep and not run.loading and self.room(run)]
+
+    def running(self, image: int) -> bool:
+        """Whether an image has a run that is not asleep."""
+        return any(run.image == image and not run.asleep for run in self._runs.values())
+
+    def rest(self) -> None:
+        """Put to sleep what has stood still since the last call: it wakes up when it has to wait again."""
+        for run in self._runs.values():
+            run.asleep |= not run.moved
+            run.moved = False
 
     def room(self, run: Run) -> int:
         """Chunks that may be asked for now: a whole piece, or none while the window is nearly full."""
@@ -131,8 +162,8 @@ class LongRuns:
 
     def forget(self, image: int) -> None:
         """An image was closed, or is to be taken for one that was never read."""
-        for number in [number for number, run in self._runs.items() if run.image == image]:
-            del self._runs[number]
+        for where in [where for where in self._runs if where[0] == image]:
+            del self._runs[where]
 
     # --- what was asked for -----------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Final
 
-SHARE: Final = 0.023
+SHARE: Final = 0.019
 """Below the 5 % that are allowed, beside eviction's (`novafs.volume`): what must be done anyhow is counted, too, and saved by nothing."""
 CREDIT_S_MAX: Final = 0.25
 """CPU seconds that may be saved up in quiet times."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,15 @@ def runs(most: int = MOST) -> LongRuns:
 
 def test_a_run_is_a_long_one_once_it_has_come_far_and_had_to_wait() -> None:
     found = runs()
-    assert [found.read(1, at, at, waited=False) for at in range(FAR)] == [None] * FAR
+    assert [found.read(1, at, at, waited=not at) for at in range(FAR)] == [None] * FAR
     assert found.read(1, FAR, FAR, waited=True) is not None
     assert found.read(2, FAR + 1, FAR + 1, waited=True) is None  # another image's
+
+
+def test_what_is_all_there_makes_no_run() -> None:
+    found = runs()
+    assert not any(found.read(1, at, at, waited=False) for at in range(4 * FAR))
+    assert not found._runs
 
 
 def test_what_is_read_here_and_there_is_none() -> None:
@@ -37,6 +44,14 @@ def test_what_is_read_here_and_there_is_none() -> None:
     assert not any(found.read(1, at, at, waited=True) for at in range(0, 4000, 2))
     assert not any(found.read(1, at * 977 % 100_000, at * 977 % 100_000, waited=True) for at in range(3000))
     assert len(found._runs) <= RUNS_MAX
+
+
+@pytest.mark.parametrize("chunks", [300, 600, 2000, 10_000])
+def test_random_reads_are_hardly_ever_taken_for_one(chunks: int) -> None:
+    found, rng = runs(), random.Random(3)
+    taken = [run.end for run in (found.read(1, at, at, waited=True) for at in rng.choices(range(chunks), k=3000)) if run is not None]
+    # At the end of the image there is nothing that it would do.
+    assert sum(end < chunks - 64 for end in taken) <= 60
 
 
 def test_pieces_that_come_out_of_order_are_of_one_run() -> None:
@@ -50,7 +65,16 @@ def test_readers_of_parts_of_chunks_are_followed() -> None:
     for at in range(100):
         run = found.read(1, at, at + 1, waited=True)
     assert run is not None
-    assert (run.start, run.end, run.seen) == (0, 100, 101)
+    assert (run.start, run.end, run.left_out) == (0, 100, 0)
+
+
+def test_many_small_pieces_at_a_time_are_of_one_run() -> None:
+    found = runs()
+    for at in range(0, 100, 2):
+        for piece in range(32):
+            run = found.read(1, at + piece // 16, at + piece // 16, waited=True)
+        run = found.read(1, at, at, waited=True)
+    assert run is not None
 
 
 def test_what_is_ahead_is_at_most_a_third_of_what_lies_behind() -> None:
@@ -79,6 +103,20 @@ def test_a_closed_image_is_forgotten_and_what_it_brought_is_accounted_for() -> N
     assert found.awake() == []
     assert found.gone([2, 3, 4]) == {7: 2}
     assert not found.holding
+
+
+def test_a_run_that_stands_still_sleeps_until_it_has_to_wait() -> None:
+    found = runs()
+    for at in range(FAR + 1):
+        found.read(1, at, at, waited=True)
+    found.rest()
+    assert found.running(1)
+    found.rest()
+    assert not found.running(1)
+    assert found.awake() == []
+    assert found.read(1, FAR + 1, FAR + 1, waited=False) is None
+    assert found.read(1, FAR + 2, FAR + 2, waited=True) is not None
+    assert found.running(1)
 
 
 def test_without_streams_there_are_none() -> None:
@@ -132,8 +170,8 @@ def copied(place: Path, chunks: int) -> dict[str, Any]:
             await volume.cache.wait_idle()
             await trio.testing.wait_all_tasks_blocked(0.002)
         assert volume.prefetcher is not None
+        await volume.close_image(image)  # with which the last reads are noted
         found = volume.prefetcher.statistics()
-        await volume.close_image(image)
         return {"waited": waited, "requests": volume.cache.statistics().l3_traffic.requests, **found}
 
     return trio.run(main)
