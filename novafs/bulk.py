@@ -102,7 +102,10 @@ async def store_content(
     waiting: deque[_Batch] = deque()
     stored = allocated = 0
     # Their own threads, no more than there are processors, which others want as well; and one for the map's nodes, which all wait for.
-    threads = trio.CapacityLimiter(min(workers, len(os.sched_getaffinity(0))) + 1)
+    threads_max = min(workers, len(os.sched_getaffinity(0))) + 1
+    threads = trio.CapacityLimiter(threads_max)
+    # More batches than twice what is worked on would only wait, and each takes twice its bytes.
+    ahead = min(workers, 2 * threads_max)
 
     async with volume.pack_writer(cache=cache, workers=threads) as writer, open_nursery() as nursery:
         builder = MapBuilder(None if size is None else (size + chunk_size - 1) // chunk_size, writer.put_blob)
@@ -127,7 +130,7 @@ async def store_content(
             async for batch in batches:
                 waiting.append(batch)
                 nursery.start_soon(batch.prepare, writer)
-                await settle(workers)
+                await settle(ahead)
         await settle(0)
         length = slicer.end if size is None else size
         state = await builder.finish((length + chunk_size - 1) // chunk_size)

@@ -31,6 +31,8 @@ NEAR_BYTES: Final = 120_000_000
 """Memory of L1's capacity × this + this is near to what is promised. A mount that holds nothing has 85 MB."""
 WORTH_BYTES: Final = 16 << 20
 """By how much memory must have grown since something was given back last: what could not be given back then is in use."""
+WORTH_SHARE: Final = 32
+"""Or by one part in so many of L1's capacity, where that is more: what is given back already is looked at each time, 10 ms for each GB."""
 
 _STATM: Final = Path("/proc/self/statm")
 _PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
@@ -83,7 +85,8 @@ class Trimmer:
         """Give back what is free, if that may be much."""
         found = self._resident()
         self._least = min(self._least, found)
-        if found <= self._capacity() * NEAR_FACTOR + NEAR_BYTES or found - self._least < WORTH_BYTES:
+        capacity = self._capacity()
+        if found <= capacity * NEAR_FACTOR + NEAR_BYTES or found - self._least < max(WORTH_BYTES, capacity // WORTH_SHARE):
             return
         await trio.to_thread.run_sync(self._trim, limiter=self._threads)
         self.trims += 1

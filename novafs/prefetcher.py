@@ -29,6 +29,7 @@ from novafs.cache.packs import Run, plan_runs
 from novafs.cache.tiered import ChunkCache
 from novafs.chunk import HOLE_BYTES, Reference
 from novafs.errors import NovaError, RetryableError
+from novafs.imagemap import NODE_BYTES
 from novafs.imagereader import ImageReader
 from novafs.prefetch.account import Settings
 from novafs.prefetch.around import ReadAround
@@ -69,9 +70,11 @@ SOON: Final = 4
 """Chunks behind a missed one that do not wait for the rest of its region."""
 NEVER: Final = 1 << 62
 LOOKED_AT: Final = 4096
-"""Chunks of the map that a long run looks through for the next that are no holes: its entries are 256 KiB."""
+"""Chunks behind the last that was asked for which a long run looks through for the next that are no holes: of the map 256 KiB."""
 AROUND_PART: Final = 32
 """Chunks of a region that one request brings: what comes first need not wait for the rest to be verified."""
+MAP_SHARE: Final = 8
+"""Of L1 at most one part in so many is filled with a map that is read ahead."""
 MAP_SPARE: Final = 4
 """Requests that reading a map ahead leaves to others."""
 NEAR: Final = 4
@@ -218,6 +221,7 @@ class Prefetcher:
         wanted = image.watch_from <= last
         if (
             self._hurried
+            and image.watch_from == NEVER  # else a long run would not be seen to go on, nor what it brought to be used
             and image.watch_reads % NOTED
             and not (expected or wanted)
             and image.watch_reads * (last - first + 1) > NOTED_FIRST
@@ -363,6 +367,8 @@ class Prefetcher:
             run = self.runs.read(image.watch_number, entry.first, entry.last, waited=bool(entry.missing))
         if run is not None or self.runs.holding:
             self._by_run(entry, far=run is not None)
+        if run is None and image.watch_from != NEVER and not self.runs.served(image.watch_number):
+            image.watch_from = NEVER
         if run is not None:
             return
         skimming = not self.throttle.open
@@ -390,7 +396,7 @@ class Prefetcher:
     def _by_run(self, entry: _Entry, *, far: bool) -> None:
         """What was read of what long runs have brought; and, where this read is of such a run itself, all else that is noted of it."""
         engine, image, number = self.engine, entry.image, entry.image.watch_number
-        base, used, late = number << INDEX_BITS, 0, 0
+        base = number << INDEX_BITS
         if image.hole_nowait(entry.first, entry.last):
             return
         for index in range(entry.first, entry.last + 1):
@@ -399,19 +405,17 @@ class Prefetcher:
                 continue
             key, missed = key_of(raw), index in entry.missing
             brought = self.runs.used(key)
-            late += brought and missed
-            used += brought and not missed
+            if brought is not None:  # perhaps for another image that has the same there
+                engine.by_run(brought, late=int(missed), used=int(not missed))
             if not far:
                 continue
             if engine.expected(base | index):
                 # Of before it was a long one. `more`: what comes next is known.
                 engine.observe(Access(base | index, key, self._last_read_s, False, not missed, more=True), sparing=True)
-            elif missed and not brought:
+            elif missed and brought is None:
                 engine.skim_miss(base | index, raw)
             else:
                 engine.skim(base | index, raw)
-        if used or late:
-            engine.by_run(number, used=used, late=late)
 
     # -- fetching -----------------------------------------------------------------------------------------------
 
@@ -423,31 +427,43 @@ class Prefetcher:
                 most = min(self.runs.room(run), self.pacer.room)
                 if not most or run.loading:
                     break
-                places = self._ahead_of(run, held[-1], most)
+                places = self._few(run, self._ahead_of(run, held[-1], most))
                 if not places:
                     break
                 self.runs.asked(run, [place & INDEX_MASK for place, _ in places], [key_of(reference.chunk_id) for _, reference in places])
                 self.engine.by_run(run.image, issued=len(places))
                 self._nursery.start_soon(self._fetch_for_run, run.image, places, self._take(places))
-            if held and run.ahead << self._shift >= held[-1].size:
-                run.asleep = True  # nothing is left to be asked for
+            if held and not run.asked and run.ahead << self._shift >= held[-1].size:
+                run.asleep = True  # nothing is left to be asked for, and nothing to be read of it
             elif held and not run.asleep:
                 # Whoever is told of reads is to be woken when a piece more may be asked for.
                 held[-1].watch_from = run.asked[min(PIECE, len(run.asked)) - 1] if run.asked else run.end
+
+    def _few(self, run: LongRun, places: list[tuple[Place, Reference]]) -> list[tuple[Place, Reference]]:
+        """The first of these, as many as take no more requests than are free: an image that was written here and there is apart in the
+        store. The others are looked at again."""
+        free, kept = self._requests_max - self._requests, places
+        while len(plan_runs([reference for _, reference in kept])) > free:
+            kept = kept[: max(free, len(kept) // 2)]
+        if len(kept) < len(places):
+            run.ahead = places[len(kept)][0] & INDEX_MASK
+        return kept
 
     def _rest(self) -> None:
         """Runs that have stood still since the last call are over, and their images are read as any other."""
         self.runs.rest()
         for number, held in self._open.items():
-            if not self.runs.running(number):
+            if not self.runs.served(number):
                 for image in held:
                     image.watch_from = NEVER
 
     def _ahead_of(self, run: LongRun, image: ImageReader, most: int) -> list[tuple[Place, Reference]]:
         """The next chunks ahead of a run that are neither holes nor here; none where the map is to be loaded first or all is here."""
         places: list[tuple[Place, Reference]] = []
+        asked = set[bytes]()  # an image may hold the same at several places
         base, here = run.image << INDEX_BITS, 0
-        end = min(run.ahead + LOOKED_AT, -(-image.size >> self._shift))
+        # From the last that was asked for, and not from where it looked last: a hole may reach to the end of a huge image.
+        end = min((run.asked[-1] if run.asked else run.end) + 1 + LOOKED_AT, -(-image.size >> self._shift))
         while run.ahead < end and len(places) < most:
             raw = image.entry_nowait(run.ahead)
             if raw is None:
@@ -455,7 +471,8 @@ class Prefetcher:
                     self._load_ahead(run, image)
                 break
             if raw != HOLE_BYTES:
-                if not self._cache.present(raw[:32]):
+                if not (self._cache.present(raw[:32]) or raw[:32] in asked or self.runs.expected(key_of(raw))):
+                    asked.add(raw[:32])
                     places.append((base | run.ahead, Reference.unpack(raw)))
                 else:
                     here += 1
@@ -496,6 +513,11 @@ class Prefetcher:
             if missing:
                 lost = self.runs.gone([key_of(reference.chunk_id) for place, reference in places if place in missing])
                 self.engine.by_run(number, dropped=sum(lost.values()))
+            # L1 had no room for what came, where others hold it all: nobody will say that it left.
+            held = self._cache.l1.contains
+            lost = self.runs.gone([key_of(reference.chunk_id) for _, reference in places if not held(reference.chunk_id)])
+            if lost:
+                self.engine.by_run(number, wasted=sum(lost.values()))
             self._dispatch()
 
     def _dispatch(self) -> None:
@@ -599,10 +621,11 @@ class Prefetcher:
         """Load the map where an image is read, ahead of the reads, what is nearest first."""
         nodes = image.map_ahead(part.start, part.stop)
         nodes.sort(key=lambda node: abs(node[0] - index))
+        del nodes[self._cache.l1.capacity_bytes // MAP_SHARE // NODE_BYTES :]
         try:
             while nodes and image.watch_number in self._open:
                 # Written one after the other while the image was, they are apart in the store, and each takes a request.
-                wave = self._afford(nodes[: self.pacer.room], spare=MAP_SPARE)
+                wave = self._afford(nodes[: self.pacer.room], spare=min(MAP_SPARE, self._requests_max - 1))
                 if not wave:
                     await trio.sleep(self.pacer.demand_s)
                     continue
@@ -610,6 +633,8 @@ class Prefetcher:
                 nodes = [node for node in nodes if node[0] not in taken]
                 missing = set(taken)
                 await self._fetch_counted(wave, missing, self._take(wave), node=True)
+                # What was here before, or on its way for others, has not failed.
+                missing -= {first for first, reference in wave if self._cache.present(reference.chunk_id)}
                 # From L1 by now: whoever reads there waits for nothing.
                 await image.load_entries([first for first in taken if first not in missing])
                 if missing:
@@ -752,6 +777,7 @@ class Prefetcher:
         found = self.engine.statistics()
         return {
             **asdict(found),
+            "pending": found.pending + self.runs.pending,
             "patterns": self.engine.patterns(),
             "accuracy": found.total.accuracy,
             "coverage": found.coverage,

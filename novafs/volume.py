@@ -536,9 +536,11 @@ class Volume:
         self.cache.l1.set_reserved("maps", used)
 
     def _hold_dirty(self, size: int) -> None:
-        """Dirty data counts against L1, where its chunks are going, up to a part: written bytes must not drive out all that is read."""
+        """Dirty data counts against L1, where its chunks are going, up to a part: written bytes must not drive out all that is read,
+        in a tiny L1 either, of which others have taken much."""
         l1 = self.cache.l1
-        l1.set_reserved("dirty", min(size, l1.capacity_bytes // DIRTY_SHARE))
+        others = sum(taken for name, taken in l1.statistics().reserved_bytes.items() if name not in ("dirty", "fetch"))
+        l1.set_reserved("dirty", min(size, l1.capacity_bytes // DIRTY_SHARE, l1.capacity_bytes - l1.capacity_bytes // 8 - others))
 
     async def close(self) -> None:
         """Commit every dirty image and the hints. Raises the first error, after trying them all."""

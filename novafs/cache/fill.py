@@ -166,9 +166,9 @@ class Filler:
             self._uncompressed += frame is None
             self._dropped += wants_l2
 
-    def _recode(self, chunk_id: bytes, plain: bytes) -> None:
+    def _recode(self, chunk_id: bytes, plain: bytes) -> bool:
         """L1 decodes a chunk from a slow codec: have it in L1's own the next time. Without room in the queue, the time after."""
-        self._to_encode.put(Arrival(chunk_id, plain, None, Source.L1, wants_l1=True), len(plain))
+        return self._to_encode.put(Arrival(chunk_id, plain, None, Source.L1, wants_l1=True), len(plain))
 
     def delete(self, chunk_id: bytes) -> None:
         """Have L2 forget it; forgotten itself where the queue is full."""

@@ -92,8 +92,9 @@ class MemoryTier:
         self.codec = codec
         self.on_evict: Callable[[list[tuple[bytes, Frame]]], None] | None = None
         """Called with what has just been evicted, after it was given up. Must not call back into the tier."""
-        self.on_slow: Callable[[bytes, bytes], None] | None = None
-        """Called with the id and content of a chunk that had to be decoded from a slow codec. Must not call back into the tier."""
+        self.on_slow: Callable[[bytes, bytes], bool] | None = None
+        """Called with the id and content of a chunk that had to be decoded from a slow codec, until it says that it has taken note: once,
+        then, while the chunk is here. Must not call back into the tier."""
         self._decoded_share = decoded_share
         self._decoded_max = int(capacity_bytes * decoded_share)
         self._policy: EvictionPolicy = LruPolicy() if policy is None else policy
@@ -106,7 +107,7 @@ class MemoryTier:
         # Invariant: the policy knows exactly the ids in `_frames` or `_plain`.
         self._frames: dict[bytes, bytes] = {}
         self._foreign: dict[bytes, int] = {}
-        """Codec of those payloads in `_frames` that are not of the tier's own."""
+        """Codec of those payloads in `_frames` that are not of the tier's own; ~codec of those that `on_slow` has taken note of."""
         self._plain: dict[bytes, bytes] = {}
         """All that `peek` finds at once: decoded copies and chunks held plain."""
         self._decoded: OrderedDict[bytes, None] = OrderedDict()
@@ -146,7 +147,7 @@ class MemoryTier:
             return None
         codec = self._foreign.get(chunk_id, self._codec) if self._foreign else self._codec
         try:
-            plain = decode(codec, payload, PLAIN_MAX)
+            plain = decode(codec if codec >= 0 else ~codec, payload, PLAIN_MAX)
         except CorruptionError as error:
             # Verified when it came in, so this host's memory is at fault: the next tier has it.
             self._errors += 1
@@ -156,8 +157,14 @@ class MemoryTier:
         self._touched.append(chunk_id)
         self._frame_hits += 1
         self._keep_decoded(chunk_id, plain)
-        if codec != self._codec and codec in SLOW and self.on_slow is not None:
-            self.on_slow(chunk_id, plain)
+        if (
+            codec != self._codec
+            and codec in SLOW
+            and self.on_slow is not None
+            and self.on_slow(chunk_id, plain)
+            and chunk_id in self._foreign
+        ):
+            self._foreign[chunk_id] = ~codec
         if len(self._touched) >= TOUCHES_MAX:
             self._flush_touches()
         return plain
@@ -223,10 +230,11 @@ class MemoryTier:
         self._keep_decoded(chunk_id, plain)
 
     def recode(self, chunk_id: bytes, frame: Frame) -> None:
-        """Hold a chunk in this frame of it instead of the one that it came in, where there is room for what it is larger."""
+        """Hold a chunk in this frame of it instead of the one that it came in, where there is room for what it is larger. One that the
+        tier's own codec does not compress stays as it is."""
         if chunk_id not in self._foreign or frame.codec == _NONE:
             return
-        before = self._frame_cost(Frame(self._foreign[chunk_id], self._frames[chunk_id]))
+        before = self._frame_cost(Frame(self._codec_of(chunk_id), self._frames[chunk_id]))
         cost = self._frame_cost(frame)
         # A policy may choose this very chunk to make room.
         if not self._make_room(cost - before) or chunk_id not in self._foreign:
@@ -390,9 +398,13 @@ class MemoryTier:
     def _frame_of(self, chunk_id: bytes) -> Frame | None:
         payload = self._frames.get(chunk_id)
         if payload is not None:
-            return Frame(self._foreign.get(chunk_id, self._codec), payload)
+            return Frame(self._codec_of(chunk_id), payload)
         plain = self._plain.get(chunk_id)
         return None if plain is None else Frame(_NONE, plain)
+
+    def _codec_of(self, chunk_id: bytes) -> int:
+        codec = self._foreign.get(chunk_id, self._codec)
+        return codec if codec >= 0 else ~codec
 
     def _frame_cost(self, frame: Frame) -> int:
         return len(frame.payload) + ENTRY_BYTES + (FOREIGN_BYTES if frame.codec != self._codec else 0)

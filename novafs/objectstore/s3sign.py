@@ -45,9 +45,11 @@ class Signer:
         return found
 
     def _key_of(self, date: str, secret: str) -> bytes:
-        if self._key[:2] != (date, secret):
-            key = f"AWS4{secret}".encode()
-            for part in (date, self._region, "s3", "aws4_request"):
-                key = hmac.digest(key, part.encode(), "sha256")
-            self._key = (date, secret, key)
-        return self._key[2]
+        known = self._key  # read once: another thread may be at the next day already
+        if known[:2] == (date, secret):
+            return known[2]
+        key = f"AWS4{secret}".encode()
+        for part in (date, self._region, "s3", "aws4_request"):
+            key = hmac.digest(key, part.encode(), "sha256")
+        self._key = (date, secret, key)
+        return key

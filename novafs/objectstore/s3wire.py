@@ -4,8 +4,9 @@ They take half of a millisecond of processor time for a small request, headers a
 are parsed as a mail's. Here a request is one piece (up to `PIECE_MAX`), and an answer is looked at for what an object store's answers have.
 
 Always holds: only connections are used that the SDK has opened, checked (TLS) and put into its pool, and one goes back there only if
-its answer was read to its end and the server keeps it open. Where there is none that is open, or there are proxies, nothing is sent and
-the caller sends in the ordinary way. An answer's body may be shorter than its Content-Length, as with the SDK: the caller checks.
+its answer was read to its end, nothing came after it, and the server keeps it open. Where there is none that is open, or there are
+proxies, nothing is sent and the caller sends in the ordinary way. An answer's body may be shorter than its Content-Length, as with the
+SDK: the caller checks.
 
 HTTP/1.1: RFC 9112.
 """
@@ -26,6 +27,12 @@ from urllib3.util.connection import is_connection_dropped
 PIECE_MAX: Final = 256 << 10
 """Bytes of a body that is sent together with the headers: a copy of so much takes no longer than another system call."""
 HEAD_MAX: Final = 64 << 10
+BODY_MAX: Final = 1 << 30
+"""Bytes that an answer may say it has: far more than any object of ours. Memory for them is taken before they come."""
+UNSAID_MAX: Final = 16 << 20
+"""Bytes of an answer that does not say how many it has. None that counts is such a one."""
+INTERIM_MAX: Final = 16
+"""Answers before the answer (100 Continue)."""
 _RECEIVE: Final = 64 << 10
 _STATUS: Final = re.compile(rb"HTTP/1\.([01]) ([1-9]\d\d)(?: [^\r\n]*)?")
 _QUICKACK: Final = getattr(socket, "TCP_QUICKACK", None)
@@ -78,16 +85,19 @@ class Wire:
         return cls(http_session, url)
 
     def exchange(self, method: str, target: str, headers: Mapping[str, str], body: bytes) -> WireAnswer | None:
-        """The answer, None where no connection is open: nothing was sent then. headers: with Host. Raises what the SDK raises where the
-        connection breaks or the answer does not come in time."""
+        """The answer, None where no connection is open, or a header is none: nothing was sent then. headers: with Host. Raises what the
+        SDK raises where the connection breaks or the answer does not come in time."""
+        lines = [f"{method} {target} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
+        if method != "GET":
+            lines.append(f"content-length: {len(body)}")
+        text = "\r\n".join((*lines, "", ""))
+        if not text.isascii() or text.count("\n") != len(lines) + 1 or text.count("\r") != len(lines) + 1:
+            return None  # credentials that no header can have: the SDK says so
+        head = text.encode()
         pool, connection = self._open()
         if connection is None:
             return None
         connected: socket.socket = connection.sock
-        lines = [f"{method} {target} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
-        if method != "GET":
-            lines.append(f"content-length: {len(body)}")
-        head = "\r\n".join((*lines, "", "")).encode("latin-1")
         kept = None
         try:
             connected.settimeout(pool.timeout.read_timeout)
@@ -104,7 +114,9 @@ class Wire:
         except (OSError, _Broken) as error:
             raise ConnectionClosedError(endpoint_url=self._url, error=error, request=None) from error
         else:
-            kept = connection if reading.whole else None
+            # What TLS has decrypted already can not be seen by asking the kernel, as is done before the connection is used again.
+            pending = getattr(connected, "pending", None)
+            kept = connection if reading.whole and not (pending is not None and pending()) else None
             return answer
         finally:
             if kept is None:
@@ -143,13 +155,15 @@ class _Reading:
         self.whole = False
 
     def answer(self) -> WireAnswer:
-        while True:
+        for _ in range(INTERIM_MAX + 1):
             lines = self._until(b"\r\n\r\n", HEAD_MAX).split(b"\r\n")
             status = _STATUS.fullmatch(lines[0])
             if status is None:
                 raise _Broken(f"no HTTP answer: {lines[0][:80]!r}")
             if status[2][0] != ord("1"):
                 break
+        else:
+            raise _Broken(f"more than {INTERIM_MAX} answers before the answer")
         if _QUICKACK is not None:
             with contextlib.suppress(OSError):  # see `s3http`
                 self._socket.setsockopt(socket.IPPROTO_TCP, _QUICKACK, 1)
@@ -170,21 +184,26 @@ class _Reading:
             return self._chunked()
         if not (length.isascii() and length.isdigit()):
             while self._more():
-                pass
+                if len(self._data) > UNSAID_MAX:
+                    raise _Broken("an answer that does not end")
             return self._data
-        wanted = int(length)
+        if len(length) > 10 or (wanted := int(length)) > BODY_MAX:
+            raise _Broken(f"an answer of {length[:20]} bytes")
         content = self._exactly(wanted)
         self.whole = len(content) == wanted and not self._data
         return content
 
     def _chunked(self) -> bytes:
         parts: list[bytes] = []
+        total = 0
         while True:
             size = self._until(b"\r\n", HEAD_MAX).partition(b";")[0].strip()
             if not size or size.strip(b"0123456789abcdefABCDEF") or len(size) > 8:
                 raise _Broken(f"no length of a chunk: {size[:20]!r}")
             if not (wanted := int(size, 16)):
                 break
+            if (total := total + wanted) > BODY_MAX:
+                raise _Broken(f"an answer of {total} bytes")
             part = self._exactly(wanted + 2)
             if part[-2:] != b"\r\n" or len(part) != wanted + 2:
                 raise _Broken("an answer's chunk is cut short")

@@ -754,6 +754,26 @@ async def test_what_is_decoded_from_a_slow_codec_is_in_a_quick_one_the_next_time
         assert cache.statistics().fill.queued_bytes == 0
 
 
+@trio_test
+async def test_what_the_quick_codec_does_not_compress_is_tried_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Letters in no order: zstd makes three quarters of them, lz4 nothing.
+    plain = bytes(random.Random(1).choices(range(64), k=CHUNK))
+    references, tried = await world.pack([plain]), []
+    assert references[0].codec == Codec.ZSTD
+    assert encode(plain, Codec.LZ4).codec == Codec.NONE
+    monkeypatch.setattr("novafs.cache.fill.encode", lambda plain, codec: tried.append(codec) or encode(plain, codec))
+    async with world.cache() as cache:
+        cache.l1._decoded_max = 0
+        await cache.fetch(references)
+        for _ in range(5):
+            assert cache.peek(references[0].chunk_id) == plain
+            await cache.wait_idle()
+        assert tried == [Codec.LZ4]
+        for _ in range(100):
+            assert cache.peek(references[0].chunk_id) == plain
+        assert cache.statistics().fill.queued_bytes == 0
+
+
 @redis
 @trio_test
 async def test_dropped_chunks_are_in_neither_cache(world: World, l2: RedisTier) -> None:

@@ -76,6 +76,22 @@ def test_memory_is_given_back_near_the_promise_and_when_it_has_grown_again() -> 
     trio.run(main)
 
 
+def test_a_large_l1_is_looked_through_for_more() -> None:
+    capacity, trims = 64 << 30, []
+    resident = [int(capacity * heap.NEAR_FACTOR) + NEAR_BYTES + 1]
+
+    async def main() -> None:
+        trimmer = Trimmer(lambda: capacity, resident=lambda: resident[0], trim=lambda: trims.append(1))
+        for _ in range(40):
+            await trimmer.look()
+            resident[0] += WORTH_BYTES
+
+    trio.run(main)
+    assert len(trims) == 1
+    # What may come between two is a small part of what lies between near and the promise.
+    assert capacity // heap.WORTH_SHARE + WORTH_BYTES < capacity * (1.15 - heap.NEAR_FACTOR) / 2
+
+
 def test_what_stays_in_use_is_not_looked_for_again_and_again() -> None:
     trims = []
 
@@ -86,6 +102,26 @@ def test_what_stays_in_use_is_not_looked_for_again_and_again() -> None:
 
     trio.run(main)
     assert len(trims) == 1
+
+
+def test_dirty_data_leaves_a_tiny_l1_room_for_chunks(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with fresh_volume(tmp_path, l1__capacity="4MiB", writeback__interval="1h") as volume:
+            image = await volume.open_image((await volume.create(ROOT_ID, "disk.raw")).node_id)
+            await image.write(0, os.urandom(4 * CHUNK))
+            await image.commit()
+            l1 = volume.cache.l1
+            for name in ("prefetch", "policy", "maps"):
+                l1.set_reserved(name, l1.capacity_bytes // 5)
+            for number in range(100, 180):
+                await image.write(number * CHUNK, os.urandom(CHUNK))
+            assert l1.used_bytes <= l1.capacity_bytes
+            assert 0 < l1.statistics().reserved_bytes["dirty"] < l1.capacity_bytes // 2
+            await image.read(0, 4 * CHUNK)
+            assert image.read_nowait(3 * CHUNK, CHUNK) is not None
+            await volume.close_image(image)
+
+    trio.run(main)
 
 
 def test_dirty_data_counts_against_l1_up_to_a_half_of_it_until_it_is_committed(tmp_path: Path) -> None:

@@ -6,21 +6,24 @@ import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import botocore.session
 import pytest
 import trio
+import trio.testing
 from click.testing import CliRunner
 
 from novafs import cli, codec
-from novafs.bulk import import_stream
+from novafs.bulk import BATCH_BYTES, import_stream
 from novafs.cache.base import Frame
 from novafs.catalogtree import ROOT_ID
 from novafs.codec import Codec, encode, encode_many
+from novafs.errors import SourceError
 from novafs.objectstore.s3models import read_quickly
 from novafs.volume import Volume
-from tests.support.engine import fresh_volume
+from tests.support.engine import fresh_volume, opened
 
 CHUNK = 64 << 10
 CONTENTS = [bytes(CHUNK), os.urandom(CHUNK), b"abcdefgh" * 8192, os.urandom(CHUNK // 2) + bytes(CHUNK // 2), b"x", b""]
@@ -94,6 +97,87 @@ def test_an_import_compresses_four_mebibytes_in_one_call(tmp_path: Path, monkeyp
 
     trio.run(main)
     assert sorted(sizes) == [64, 64, 64]
+
+
+def test_an_import_reads_no_further_ahead_than_its_processors_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many workers were asked for: each batch takes twice its bytes."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    piece = os.urandom(BATCH_BYTES)
+    taken = 0
+
+    async def source() -> AsyncIterator[tuple[int, bytes]]:
+        nonlocal taken
+        for number in range(20):
+            taken += 1
+            yield number * BATCH_BYTES, piece
+
+    async def main() -> None:
+        async with fresh_volume(tmp_path) as volume:
+            known, fill = trio.Event(), volume.dedup.fill
+
+            async def held() -> None:
+                await known.wait()
+                await fill()
+
+            monkeypatch.setattr(volume.dedup, "fill", held)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(partial(import_stream, volume, ROOT_ID, "disk.raw", source(), size=20 * BATCH_BYTES, workers=64))
+                await trio.testing.wait_all_tasks_blocked()
+                while taken < 7:  # what it opens it may read in a thread
+                    await trio.testing.wait_all_tasks_blocked()
+                await trio.testing.wait_all_tasks_blocked(0.05)
+                assert taken == 7  # two processors and one more thread, twice, and the one that is read
+                known.set()
+            assert taken == 20
+
+    trio.run(main)
+
+
+def test_what_another_host_has_stored_is_found_however_long_the_look_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = os.urandom(8 * CHUNK)
+
+    async def source() -> AsyncIterator[tuple[int, bytes]]:
+        yield 0, content
+
+    async def main() -> None:
+        async with fresh_volume(tmp_path) as volume:
+            await import_stream(volume, ROOT_ID, "disk.raw", source(), size=len(content))
+        async with opened(f"file://{tmp_path / 'store'}", tmp_path / "other") as volume:
+            begun, known, fill = trio.Event(), trio.Event(), volume.dedup.fill
+
+            async def held() -> None:
+                begun.set()
+                await known.wait()
+                await fill()
+
+            monkeypatch.setattr(volume.dedup, "fill", held)
+
+            async def ended() -> None:
+                await begun.wait()
+                await trio.testing.wait_all_tasks_blocked(0.05)
+                known.set()
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(ended)
+                result = await import_stream(volume, ROOT_ID, "again.raw", source(), size=len(content))
+            assert (result.new_chunks, result.dedup_chunks) == (0, 8)
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize("runs", [[(CHUNK, b"x"), (CHUNK, b"y")], [(0, b"x" * CHUNK), (5, b"y")], [(0, b"x"), (4 * CHUNK - 1, b"yz")]])
+def test_a_source_that_goes_back_or_beyond_its_size_is_an_error_and_leaves_no_image(tmp_path: Path, runs: list[tuple[int, bytes]]) -> None:
+    async def source() -> AsyncIterator[tuple[int, bytes]]:
+        for run in runs:
+            yield run
+
+    async def main() -> None:
+        async with fresh_volume(tmp_path) as volume:
+            with pytest.raises(SourceError, match=r"went back|beyond its size"):
+                await import_stream(volume, ROOT_ID, "disk.raw", source(), size=4 * CHUNK)
+            assert await volume.catalog.list(ROOT_ID) == []
+
+    trio.run(main)
 
 
 def test_a_command_imports_its_own_module_alone() -> None:

@@ -118,7 +118,7 @@ def test_a_chunk_inserted_plain_is_compacted_when_its_frame_comes() -> None:
 
 def test_a_slow_frame_is_named_when_it_is_decoded_and_may_be_replaced() -> None:
     tier, named = MemoryTier(capacity_bytes=20 * CHUNK, decoded_share=0.0), []
-    tier.on_slow = lambda chunk_id, plain: named.append((chunk_id, plain))
+    tier.on_slow = lambda chunk_id, plain: bool(named.append((chunk_id, plain))) or True
     slow, quick, plain = new_id(), new_id(), text(7)
     tier.insert(slow, plain, encode(plain, Codec.ZSTD))
     tier.insert(quick, plain, encode(plain, Codec.SNAPPY))
@@ -130,6 +130,30 @@ def test_a_slow_frame_is_named_when_it_is_decoded_and_may_be_replaced() -> None:
     assert len(named) == 1
     assert tier.get_many([slow])[slow] == encode(plain, Codec.LZ4)
     assert tier.used_bytes == recount(tier)
+
+
+def test_a_slow_frame_is_named_until_somebody_takes_note_and_then_no_more() -> None:
+    tier, named = MemoryTier(capacity_bytes=20 * CHUNK, decoded_share=0.0), []
+
+    def note(chunk_id: bytes, plain: bytes) -> bool:
+        named.append(chunk_id)
+        return len(named) == 3
+
+    tier.on_slow = note
+    slow, plain = new_id(), text(7)
+    frame = encode(plain, Codec.ZSTD)
+    tier.insert(slow, plain, frame)
+    for _ in range(10):
+        assert tier.peek(slow) == plain
+        assert tier.frame(slow) == frame
+    tier.recode(slow, Frame(Codec.NONE, plain))  # the tier's codec does not compress it
+    assert tier.peek(slow) == plain
+    assert named == [slow] * 3
+    assert tier.used_bytes == recount(tier)
+    tier.delete_many([slow])
+    tier.insert(slow, plain, frame)
+    assert tier.peek(slow) == plain
+    assert len(named) == 4
 
 
 def test_a_frame_that_would_be_larger_than_what_there_is_replaces_nothing() -> None:
@@ -337,6 +361,7 @@ class Machine(RuleBasedStateMachine):
     def start(self, capacity: int, share: float) -> None:
         self.tier = Watched(capacity_bytes=capacity, decoded_share=share)
         self.tier.on_evict = lambda victims: None
+        self.tier.on_slow = lambda chunk_id, plain: chunk_id[0] % 2 == 0
         self.plains = [text(number, 500 + 300 * number) if number % 3 else noise(500 + 100 * number) for number in range(12)]
         self.ids = [bytes([number]) * 32 for number in range(12)]
 

@@ -15,6 +15,7 @@ import trio.testing
 from novafs.cache.packs import PackSource
 from novafs.catalogtree import ROOT_ID
 from novafs.image import Image
+from novafs.imagemap import NODE_BYTES
 from novafs.prefetch.around import CACHE_SHARE, CREDIT, EARNS, IMAGES_MAX, MAP_CHUNKS, MAPS_MAX, SMALL, ReadAround
 from novafs.prefetch.pacer import Pacer
 from novafs.volume import Volume
@@ -240,6 +241,36 @@ def test_the_map_is_there_before_it_is_asked_for(store: Path, tmp_path: Path) ->
                 await trio.sleep(0.001)
             assert prefetcher.pacer.in_flight == 0
             assert not image.map_ahead(0, CHUNKS)
+            await volume.close_image(image)
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize("requests_max", [1, 4, 16])
+def test_the_map_is_read_ahead_with_few_requests_and_where_parts_of_it_are_here(
+    store: Path, tmp_path: Path, requests_max: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        async with opened(
+            f"file://{store / 'store'}", tmp_path / "a", prefetch=True, read_only=True, prefetch__read_around="2MiB"
+        ) as volume:
+            image = await volume.open_image((await volume.catalog.lookup(ROOT_ID, "one.raw")).node_id)
+            prefetcher = volume.prefetcher
+            assert prefetcher is not None
+            prefetcher._requests_max = requests_max
+            prefetcher.pacer.demand_s = 0.001
+            await image.load_entries(range(0, CHUNKS, 256))  # now its nodes are in L1
+            image.trim_map(keep_leaves=0)
+            ahead = image.map_ahead(0, CHUNKS)
+            assert len(ahead) == CHUNKS // 256
+            volume.cache.l1.drop_many(reference.chunk_id for _, reference in ahead[::2])
+            await prefetcher._load_map(image, range(CHUNKS), 0)
+            assert len(image.loaded_leaves()) == CHUNKS // 256
+            assert prefetcher.pacer.in_flight == prefetcher._requests == 0
+            image.trim_map(keep_leaves=0)
+            monkeypatch.setattr("novafs.prefetcher.MAP_SHARE", volume.cache.l1.capacity_bytes // (3 * NODE_BYTES))
+            await prefetcher._load_map(image, range(CHUNKS), 0)
+            assert sorted(image.loaded_leaves()) == [0, 1, 2]
             await volume.close_image(image)
 
     trio.run(main)
