@@ -290,7 +290,7 @@ class Prefetcher:
                 now_s = trio.current_time()
                 if now_s >= weigh_at_s:
                     weigh_at_s = now_s + WEIGH_S
-                    self._cache.l1.set_reserved("prefetch", min(self.engine.memory_bytes(), self._cache.l1.capacity_bytes // ENGINE_SHARE))
+                    self.weigh()
                 if now_s >= rest_at_s:
                     rest_at_s = now_s + REST_S
                     self._rest()
@@ -448,6 +448,11 @@ class Prefetcher:
         if len(kept) < len(places):
             run.ahead = places[len(kept)][0] & INDEX_MASK
         return kept
+
+    def weigh(self) -> None:
+        """Count what the engine takes against L1. Now and then, and when L1 is another size: it costs a pass over the images."""
+        l1 = self._cache.l1
+        l1.set_reserved("prefetch", min(self.engine.memory_bytes(), l1.capacity_bytes // ENGINE_SHARE))
 
     def _rest(self) -> None:
         """Runs that have stood still since the last call are over, and their images are read as any other."""

@@ -106,4 +106,6 @@ async def apply(volume: Volume, config: Config) -> None:
     l1 = volume.cache.l1
     while l1.capacity_bytes != config.l1.capacity_bytes:
         volume.cache.set_l1_capacity(max(config.l1.capacity_bytes, l1.capacity_bytes - SHRINK_BYTES))
+        if volume.prefetcher is not None:
+            volume.prefetcher.weigh()
         await trio.lowlevel.checkpoint()

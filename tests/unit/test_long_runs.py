@@ -79,6 +79,13 @@ def test_a_run_that_stands_still_sleeps_until_it_has_to_wait() -> None:
     assert found.served(1)
 
 
+def test_a_small_image_that_is_read_again_and_again_is_none() -> None:
+    found = runs()
+    for _ in range(5):
+        taken = [found.read(1, at, at, waited=True) is not None for at in range(60)]
+    assert sum(taken) <= 16  # its end lies beside its beginning: the engine is to see that it is read in order
+
+
 def test_what_is_read_here_and_there_is_none() -> None:
     found = runs()
     assert not any(found.read(1, at, at, waited=True) for at in range(0, 4000, 2))

@@ -53,7 +53,8 @@ def opened(url: str, volume_id: str, *, capacity_bytes: int = CAPACITY_BYTES, ti
 
 @pytest.fixture
 def tier(redis_server: RedisServer, volume_id: str) -> Iterator[RedisTier]:
-    with opened(redis_server.url, volume_id) as tier:
+    # As long as a loaded machine may take: what is tested of time-outs has its own.
+    with opened(redis_server.url, volume_id, timeout_s=5.0) as tier:
         yield tier
 
 
