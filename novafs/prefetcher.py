@@ -366,7 +366,7 @@ class Prefetcher:
         if not engine.replaying(image.watch_number):
             run = self.runs.read(image.watch_number, entry.first, entry.last, waited=bool(entry.missing))
         if run is not None or self.runs.holding:
-            self._by_run(entry, far=run is not None)
+            self._by_run(entry, now_s, far=run is not None)
         if run is None and image.watch_from != NEVER and not self.runs.served(image.watch_number):
             image.watch_from = NEVER
         if run is not None:
@@ -393,7 +393,7 @@ class Prefetcher:
         if entry.alone >= 0 and not engine.replaying(image.watch_number):
             self._look_around(image, entry.alone)
 
-    def _by_run(self, entry: _Entry, *, far: bool) -> None:
+    def _by_run(self, entry: _Entry, now_s: float, *, far: bool) -> None:
         """What was read of what long runs have brought; and, where this read is of such a run itself, all else that is noted of it."""
         engine, image, number = self.engine, entry.image, entry.image.watch_number
         base = number << INDEX_BITS
@@ -411,11 +411,13 @@ class Prefetcher:
                 continue
             if engine.expected(base | index):
                 # Of before it was a long one. `more`: what comes next is known.
-                engine.observe(Access(base | index, key, self._last_read_s, False, not missed, more=True), sparing=True)
+                engine.observe(Access(base | index, key, now_s, False, not missed, more=True), sparing=True)
             elif missed and brought is None:
                 engine.skim_miss(base | index, raw)
             else:
                 engine.skim(base | index, raw)
+        if far:
+            engine.went_by(base | entry.last, now_s)
 
     # -- fetching -----------------------------------------------------------------------------------------------
 

@@ -382,6 +382,13 @@ class PrefetchEngine:
                 if issue is not None:
                     self._wasted(issue)
 
+    def went_by(self, last: Place, time_s: float) -> None:
+        """A read of a long run (`longrun.py`), whose chunks are `skim`med, ended at this place: how an image is read includes it."""
+        image = self._image(last >> INDEX_BITS)
+        image.watch.observe(time_s, in_run=True)
+        image.last = last
+        image.last_s = time_s
+
     def by_run(self, number: int, *, issued: int = 0, used: int = 0, late: int = 0, wasted: int = 0, dropped: int = 0) -> None:
         """Count what was fetched for a long run (`longrun.py`), or became of it, among the prefetches."""
         image = self._images.get(number)

@@ -278,6 +278,7 @@ def test_a_copy_of_an_image_waits_at_its_beginning_and_asks_in_large_pieces(plac
     # 1,200 chunks, their map of 17 leaves, and a beginning in small pieces.
     assert found["requests"] <= 90
     assert found["candidates"] < 3000  # what was judged one by one
+    assert found["patterns"] == {"sequential": 1}
 
 
 def test_a_copy_that_stops_was_right_three_times_in_four(place: Path) -> None:
